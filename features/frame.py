@@ -1,0 +1,130 @@
+"""From what was looked up to what the model sees: one function for the training set and for a request.
+
+Numbers are float64 with NaN for missing, categories are objects with None; times are int64 µs with MISSING.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+
+from features.windows import Columns, derive, feature_names, floats, int_times
+from pipelines.clock import MISSING
+from pipelines.errors import UsageError
+from pipelines.spec import Calendar, Spec
+
+HOUR, DAY = 3_600_000_000, 86_400_000_000
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of the frame, and the view or part of the spec that it comes from."""
+
+    name: str
+    kind: Literal["number", "category"]
+    group: str
+
+
+def feature_list(spec: Spec) -> tuple[Feature, ...]:
+    """Every feature of a spec, in the order of the frame."""
+    source = spec.row_source
+    found = []
+    for name in spec.features.row:
+        kind: Literal["number", "category"] = "category" if source.columns[name].type == "string" else "number"
+        found.append(Feature(name, kind, "row"))
+    if spec.features.calendar:
+        found += [Feature(f"local_{part}", "number", "calendar") for part in spec.features.calendar.parts]
+    for name, view in spec.features.views.items():
+        found += [Feature(f, k, name) for f, k in feature_names(spec, name, view).items()]  # type: ignore[arg-type]
+    for function in spec.features.functions:
+        found += [Feature(f, "number", function.call.partition(":")[2]) for f in function.outputs]
+    return tuple(found)
+
+
+def own_columns(spec: Spec, table: pa.Table) -> Columns:
+    """The declared columns of the rows source as arrays (N)."""
+    return {
+        name: as_array(table[name], column.type)
+        for name, column in spec.row_source.columns.items()
+        if name in table.column_names
+    }
+
+
+def as_array(column: pa.Array | pa.ChunkedArray, declared: str) -> np.ndarray:
+    """A column as the frame holds it: objects, int64 µs or float64."""
+    if declared == "string":
+        return np.array(column.to_pylist(), dtype=object)
+    return int_times(column) if declared == "timestamp" else floats(column)
+
+
+def is_missing(values: np.ndarray) -> np.ndarray:
+    """Where a column of the frame is missing (bool, N)."""
+    if values.dtype == object:
+        return np.array([v is None for v in values], bool)
+    return values == MISSING if values.dtype.kind == "i" else np.isnan(values)
+
+
+def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]], t: np.ndarray) -> Columns:
+    """The features of N rows. `raw`: view → stored view → column → values, as `windows.derive` takes them."""
+    frame: Columns = {name: own[name] for name in spec.features.row}
+    if spec.features.calendar:
+        frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
+    for name, view in spec.features.views.items():
+        null_key = np.zeros(len(t), bool)
+        for column in view.shape.key:
+            null_key |= is_missing(own[column])
+        frame |= derive(spec, name, raw[name], t, own, null_key)
+    for function in spec.features.functions:
+        inputs = {name: frame[name] if name in frame else own[name] for name in function.inputs}
+        outputs = resolve(function.call)(inputs)
+        frame |= {name: np.asarray(outputs[name], np.float64) for name in function.outputs}
+    return {feature.name: frame[feature.name] for feature in feature_list(spec)}
+
+
+@cache
+def resolve(call: str) -> Callable[..., Columns]:
+    """The function named `module:function`. Raises UsageError when it is not there."""
+    module, _, name = call.partition(":")
+    try:
+        found: Callable[..., Columns] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"function {call!r} cannot be found ({error}); write module:function") from None
+    return found
+
+
+def local_parts(calendar: Calendar, t: np.ndarray) -> Columns:
+    """Parts of a time in local time, each float64 with NaN where the time is missing (N)."""
+    there = t != MISSING
+    local = np.where(there, t, 0) + _offsets(calendar.timezone, np.where(there, t, 0))
+    day = local // DAY
+    month_day = day.astype("datetime64[D]")
+    month = month_day.astype("datetime64[M]")
+    year = month_day.astype("datetime64[Y]")
+    parts = {
+        "minute_of_day": local % DAY // 60_000_000,
+        "hour": local % DAY // HOUR,
+        "weekday": (day + 3) % 7,  # 1970-01-01 was a Thursday; Monday is 0
+        "day": (month_day - month).astype(np.int64) + 1,
+        "month": month.astype(np.int64) % 12 + 1,
+        "day_of_year": (month_day - year).astype(np.int64) + 1,
+    }
+    return {f"local_{p}": np.where(there, parts[p].astype(np.float64), np.nan) for p in calendar.parts}
+
+
+def _offsets(timezone: str, t: np.ndarray) -> np.ndarray:
+    hours, inverse = np.unique(t // HOUR, return_inverse=True)
+    return np.array([_offset(timezone, int(hour)) for hour in hours], np.int64)[inverse]
+
+
+@cache
+def _offset(timezone: str, hour: int) -> int:
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(hours=hour)
+    offset = moment.astimezone(ZoneInfo(timezone)).utcoffset()
+    assert offset is not None
+    return offset // timedelta(microseconds=1)

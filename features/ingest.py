@@ -1,0 +1,318 @@
+"""Landing files → immutable objects, one per file → a snapshot: what the pipeline knows, named by its values.
+
+Landing is append-only: only new files are read, a changed or deleted one refuses the snapshot.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.keys import SEPARATOR, text_keys
+from pipelines.clock import iso, wall_us
+from pipelines.errors import Refused, nearest
+from pipelines.home import Home
+from pipelines.manifest import digest_of, read_json, write_json
+from pipelines.spec import Source, Spec
+
+KNOWN = "_known_at"  # column that every table read from a snapshot carries
+ARROW = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.timestamp("us", "UTC"),
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known: `digest` covers schema and values alone. Times are µs UTC."""
+
+    pipeline: str
+    digest: str
+    path: str
+    watermark_us: int
+    until_us: int | None  # facts known later do not exist for it
+    rows: dict[str, int]
+    duplicates: dict[str, int] = field(default_factory=dict)
+    new_files: int = 0
+
+
+def ingest(spec: Spec, home: Home) -> Snapshot:
+    """The snapshot of everything landed. Raises Refused, naming the file, for what cannot be read or believed."""
+    index_path = home.snapshots(spec.pipeline) / "landing.json"
+    index = read_json(index_path)["files"] if index_path.exists() else {}
+    found = _landed(spec, home)
+    for name in index:
+        if name not in found and name.split("/")[0] in spec.sources:
+            raise Refused(f"landing file {name} was deleted; landing is append-only: put it back")
+    new = 0
+    for name, path in found.items():
+        stat = path.stat()
+        entry = index.get(name)
+        if entry and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+            continue
+        data = path.read_bytes()
+        sha = hashlib.sha256(data).hexdigest()
+        if entry and entry["sha256"] != sha:
+            raise Refused(
+                f"landing file {name} was changed after it was read; landing is append-only: "
+                "put the old file back and land the correction as a new file"
+            )
+        if entry:
+            index[name] = {**entry, "mtime_ns": stat.st_mtime_ns}
+            continue
+        source = name.split("/")[0]
+        table = _read_file(name, data, spec.sources[source], spec.timed)
+        index[name] = {
+            "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
+            "arrival_us": wall_us(), "object": _store(table, home),
+        }  # fmt: skip
+        new += 1
+    snapshot = _publish(spec, home, index, new)
+    write_json(index_path, {"files": index})
+    return snapshot
+
+
+def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:
+    """The snapshot of that digest. Raises MillraceError when the home does not have it."""
+    path = home.snapshots(pipeline) / f"{digest}.json"
+    value = read_json(path)
+    return Snapshot(
+        pipeline, digest, home.relative(path), value["watermark_us"], value["until_us"], value["rows"],
+        value["duplicates"],
+    )  # fmt: skip
+
+
+def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
+    """The snapshot as it was known at `as_of`: the same one when nothing in it was known later."""
+    if not spec.timed or as_of >= snapshot.watermark_us:
+        return snapshot
+    body = read_json(home.root / snapshot.path)
+    del body["format_version"]
+    digest = digest_of({"snapshot": snapshot.digest, "until": as_of})
+    path = home.snapshots(spec.pipeline) / f"{digest}.json"
+    body["until_us"] = body["watermark_us"] = as_of
+    write_json(path, body)
+    tables = {name: read_table(spec, home, read_snapshot(home, spec.pipeline, digest), name) for name in spec.sources}
+    body["rows"] = {name: table.num_rows for name, table in tables.items()}
+    body["watermark_us"] = max((_watermark(t) for t in tables.values() if t.num_rows), default=as_of)
+    write_json(path, body)
+    return read_snapshot(home, spec.pipeline, digest)
+
+
+def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Table:
+    """All versions of a source's facts, sorted by key and known-at, once each, with their `_known_at`."""
+    body = read_json(home.root / snapshot.path)
+    table = _merge(spec, name, home, body["objects"][name])[0]
+    if body["until_us"] is not None:
+        table = table.filter(pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"]))
+    return table
+
+
+def _landed(spec: Spec, home: Home) -> dict[str, Path]:
+    root = home.landing(spec.pipeline)
+    found = {}
+    for source in spec.sources:
+        files = sorted(p for p in (root / source).rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+        if not files:
+            hint = f"`millrace sample {spec.pipeline}`" if spec.sample else "your Parquet files there"
+            raise Refused(f"no files landed for source {source!r}: expected Parquet in {root / source}; put {hint}")
+        found.update({p.relative_to(root).as_posix(): p for p in files})
+    return found
+
+
+def _read_file(name: str, data: bytes, source: Source, timed: bool) -> pa.Table:
+    """The declared columns of one landing file, in canonical order and types."""
+    if data[:4] != b"PAR1":
+        raise Refused(f"landing file {name} is not Parquet (it begins with {data[:4]!r}): write it as Parquet")
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Refused(f"landing file {name} cannot be read, it may be cut short: {str(error)[:200]}") from None
+    columns = {}
+    for column, declared in sorted(source.columns.items()):
+        if column not in table.column_names:
+            known = table.column_names
+            raise Refused(
+                f"landing file {name}: column {column!r} is missing "
+                f"(columns: {', '.join(known)}{nearest(column, known)})"
+            )
+        columns[column] = _typed(f"landing file {name}: column {column!r}", table[column], declared.type)
+    result = pa.table(columns)
+    if source.key == ("row_digest",) and not timed:
+        result = result.append_column("row_digest", _row_digests(result))
+    return result
+
+
+def _typed(where: str, column: pa.ChunkedArray, declared: str) -> pa.Array:
+    """The column in its declared type, widened where nothing is lost. Raises Refused otherwise."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    ok = {
+        "string": pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        "int64": pa.types.is_integer(kind),
+        "float64": pa.types.is_floating(kind) or pa.types.is_integer(kind),
+        "bool": pa.types.is_boolean(kind),
+        "timestamp": pa.types.is_timestamp(kind),
+    }[declared] or pa.types.is_null(kind)
+    if not ok:
+        raise Refused(f"{where} is {kind}, the spec says {declared}: write it as {ARROW[declared]}")
+    if pa.types.is_timestamp(kind) and kind.tz is None:
+        raise Refused(f"{where} holds times without a zone: write them as timestamp[us, tz=UTC]")
+    try:
+        array = column.cast(ARROW[declared]).combine_chunks()
+        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        array.validate(full=True)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise Refused(f"{where} does not fit {declared}: {str(error)[:200]}") from None
+    return array
+
+
+def _row_digests(table: pa.Table) -> pa.Array:
+    texts = [pc.fill_null(column.cast(pa.string()), "\x00") for column in table.columns]
+    joined = pc.binary_join_element_wise(*texts, SEPARATOR) if len(texts) > 1 else texts[0]
+    return pa.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in joined.to_pylist()], pa.string())
+
+
+def _store(table: pa.Table, home: Home) -> str:
+    """Writes the table as an object named by its values; one that is there stays as it is."""
+    sha = _values_digest(table)
+    path = home.objects / f"{sha}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{sha}.{os.getpid()}")
+        try:
+            pq.write_table(table.replace_schema_metadata({"format_version": "1"}), scratch, compression="zstd")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return sha
+
+
+def _values_digest(table: pa.Table) -> str:
+    """SHA-256 over names, types and values of a table, in the order of its rows."""
+    sha = hashlib.sha256()
+    for name in sorted(table.column_names):
+        column = table[name].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        sha.update(f"{name}:{column.type}:{len(column)}".encode())
+        sha.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+        if pa.types.is_string(column.type):
+            filled = column.fill_null("")
+            sha.update(pc.binary_length(filled).to_numpy().tobytes())
+            sha.update("".join(filled.to_pylist()).encode())
+        elif pa.types.is_timestamp(column.type):
+            sha.update(column.cast(pa.int64()).fill_null(0).to_numpy().tobytes())
+        elif pa.types.is_boolean(column.type):
+            sha.update(column.fill_null(False).to_numpy(zero_copy_only=False).tobytes())
+        elif pa.types.is_floating(column.type):
+            sha.update((column.fill_null(0.0).to_numpy() + 0.0).tobytes())  # −0.0 is 0.0
+        else:
+            sha.update(column.fill_null(0).to_numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.Table, int]:
+    """Every version of a source once, sorted by key and known-at; and how many identical rows were dropped."""
+    source = spec.sources[name]
+    parts, origin = [], []
+    for number, (sha, arrival_us) in enumerate(objects):
+        part = pq.read_table(home.objects / f"{sha}.parquet")
+        parts.append(part.append_column(KNOWN, _known_at(part, source, arrival_us)))
+        origin.append(np.full(part.num_rows, number))
+    table = pa.concat_tables(parts).replace_schema_metadata(None).combine_chunks()
+    order = pc.sort_indices(table, [(k, "ascending") for k in (*source.key, KNOWN)])
+    table, came_from = table.take(order).combine_chunks(), np.concatenate(origin)[order.to_numpy()]
+    if table.num_rows < 2:
+        return table, 0
+    names = text_keys([table[k] for k in source.key], table.num_rows)
+    known = table[KNOWN].combine_chunks().cast(pa.int64()).fill_null(0)
+    again = pc.and_(_same(names), _same(known))
+    if not pc.any(again, min_count=0).as_py():
+        return table, 0
+    twice = again.fill_null(False).to_numpy(zero_copy_only=False)
+    equal = twice.copy()
+    for column in set(table.column_names) - {*source.key, KNOWN}:
+        array = table[column].combine_chunks()
+        both_null = pc.and_(array.is_null()[1:], array.is_null()[:-1])
+        same = pc.or_(pc.fill_null(_same(array), False), both_null)
+        equal &= same.to_numpy(zero_copy_only=False)
+    if (clash := twice & ~equal).any():
+        at = int(np.flatnonzero(clash)[0])
+        row = {k: str(table[k][at]) for k in source.key}
+        shas = sorted({objects[came_from[at]][0][:12], objects[came_from[at + 1]][0][:12]})
+        raise Refused(
+            f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
+            f"such as {row} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            "a correction needs a later known-at"
+        )
+    keep = np.concatenate([[True], ~equal])
+    return table.filter(pa.array(keep)).combine_chunks(), int(equal.sum())
+
+
+def _same(array: pa.Array) -> pa.Array:
+    return pc.equal(array[1:], array[:-1])
+
+
+def _known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
+    rule, stamp = source.known_at, ARROW["timestamp"]
+    if rule is None:
+        return pa.repeat(pa.scalar(0, pa.int64()), table.num_rows).cast(stamp)
+    if rule.arrival:
+        return pa.repeat(pa.scalar(arrival_us, pa.int64()), table.num_rows).cast(stamp)
+    if rule.column:
+        return table[rule.column].combine_chunks().cast(stamp)
+    assert source.event_time is not None
+    return pc.add(table[source.event_time].combine_chunks().cast(pa.int64()), rule.lag).cast(stamp)
+
+
+def _watermark(table: pa.Table) -> int:
+    return int(pc.max(table[KNOWN]).cast(pa.int64()).as_py() or 0)
+
+
+def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapshot:
+    """Writes the snapshot of an index, unless these objects already have one."""
+    objects: dict[str, list[list]] = {name: [] for name in spec.sources}
+    for name, entry in sorted(index.items()):
+        source = name.split("/")[0]
+        if source in objects:
+            known_at = spec.sources[source].known_at
+            arrival = entry["arrival_us"] if known_at and known_at.arrival else 0
+            objects[source].append([entry["object"], arrival])
+    for listed in objects.values():
+        listed.sort()
+    memo = home.snapshots(spec.pipeline) / "by_objects" / f"{digest_of([objects, _source_digest(spec)])}.json"
+    if memo.exists():
+        return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
+    rows, duplicates, watermark, sha = {}, {}, 0, hashlib.sha256()
+    for name in sorted(objects):
+        table, duplicates[name] = _merge(spec, name, home, objects[name])
+        rows[name] = table.num_rows
+        watermark = max(watermark, _watermark(table) if table.num_rows else 0)
+        arrives = (known := spec.sources[name].known_at) is not None and known.arrival
+        values = table if arrives else table.drop_columns([KNOWN])
+        sha.update(f"{name}={_values_digest(values)};".encode())
+    digest = sha.hexdigest()
+    body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
+            "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,
+            "schema": {name: json.loads(spec.sources[name].model_dump_json())["columns"] for name in rows}}  # fmt: skip
+    path = home.snapshots(spec.pipeline) / f"{digest}.json"
+    write_json(path, body)
+    write_json(memo, {"snapshot": digest})
+    return Snapshot(
+        spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates, new
+    )
+
+
+def _source_digest(spec: Spec) -> str:
+    return digest_of({name: json.loads(s.model_dump_json()) for name, s in spec.sources.items()})

@@ -1,0 +1,59 @@
+"""Keys as text, so that training, the stores and a request name a group in one way."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+SEPARATOR = "\x1f"
+
+
+def text_keys(columns: Sequence[pa.Array | pa.ChunkedArray], length: int) -> pa.Array:
+    """One text per row naming its key (shape [length]); null where any key column is null.
+
+    Timestamps count as µs. No columns: the one key that all rows share, the empty text.
+    """
+    parts = []
+    for column in columns:
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if pa.types.is_timestamp(array.type):
+            array = array.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+        parts.append(array if pa.types.is_string(array.type) else array.cast(pa.string()))
+    if not parts:
+        return pa.repeat(pa.scalar(""), length)
+    if len(parts) == 1:
+        return parts[0]
+    return pc.binary_join_element_wise(*parts, SEPARATOR)
+
+
+def text_key(values: Sequence[object]) -> str | None:
+    """The same text for one key given as Python values (timestamps as int µs); None when any is None."""
+    parts = []
+    for value in values:
+        if value is None:
+            return None
+        parts.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return SEPARATOR.join(parts)
+
+
+def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
+    """Position of each key in `known` (int64), −1 where it is null or not there."""
+    found = pc.index_in(keys, value_set=known, skip_nulls=True)
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def sorted_unique(keys: pa.Array) -> pa.Array:
+    """The distinct non-null keys in order."""
+    unique = pc.drop_null(pc.unique(keys))
+    return unique.take(pc.sort_indices(unique))
+
+
+def key_arrays(table: pa.Table, names: Sequence[str]) -> list[pa.ChunkedArray]:
+    """Key columns of a table, in the order of the names."""
+    return [table.column(name) for name in names]
+
+
+def request_key(row: Mapping[str, object], names: Sequence[str]) -> str | None:
+    """Text key of one request row."""
+    return text_key([row.get(name) for name in names])

@@ -1,0 +1,127 @@
+"""From the frame to what models eat: fitted on the training part, applied everywhere by the same function.
+
+B rows, F number features, C category features, M features that were missing somewhere in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.frame import Feature
+from features.windows import Columns
+from pipelines.manifest import read_json, write_json
+
+UNSEEN = 0  # code of a missing value and of a category that training did not know
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs of B rows.
+
+    `numbers` float64 (B, F) with NaN; `codes` int64 (B, C), 0 for missing or unseen; `scaled` float32 (B, F + M):
+    standardised numbers, 0 where missing, then one 0/1 column for each feature that may be missing.
+    """
+
+    numbers: np.ndarray
+    codes: np.ndarray
+    scaled: np.ndarray
+
+    @property
+    def trees(self) -> np.ndarray:
+        """float64 (B, F + C): numbers and category codes, as LightGBM reads them."""
+        return np.concatenate([self.numbers, self.codes.astype(np.float64)], axis=1)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, rows: np.ndarray) -> "Batch":
+        """The rows at these positions, or where this mask is true."""
+        return Batch(self.numbers[rows], self.codes[rows], self.scaled[rows])
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What was learned from the training part. Saved as JSON: no pickle, floats exact."""
+
+    numbers: tuple[str, ...]
+    categories: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    may_miss: tuple[int, ...]
+    vocabulary: tuple[tuple[str, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of codes of each category feature, the unseen one included."""
+        return tuple(len(words) + 1 for words in self.vocabulary)
+
+    @property
+    def width(self) -> int:
+        """Columns of `Batch.scaled`: F + M."""
+        return len(self.numbers) + len(self.may_miss)
+
+    def transform(self, frame: Columns) -> Batch:
+        """The model inputs of a frame of B rows."""
+        rows = len(next(iter(frame.values())))
+        numbers = np.empty((rows, len(self.numbers)))
+        for i, name in enumerate(self.numbers):
+            numbers[:, i] = frame[name]
+        codes = np.zeros((rows, len(self.categories)), np.int64)
+        for i, (name, lookup) in enumerate(zip(self.categories, self._lookups(), strict=True)):
+            codes[:, i] = [lookup.get(value, UNSEEN) for value in frame[name].tolist()]
+        missing = np.isnan(numbers)
+        scaled = (np.clip(numbers, self.low, self.high) - self.mean) / self.std
+        scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
+        return Batch(numbers, codes, scaled.astype(np.float32))
+
+    def _lookups(self) -> list[dict[str, int]]:
+        found: list[dict[str, int]] | None = self.__dict__.get("_cache")
+        if found is None:
+            found = [{word: i + 1 for i, word in enumerate(words)} for words in self.vocabulary]
+            self.__dict__["_cache"] = found  # frozen: a derived table, not state
+        return found
+
+    def save(self, path: Path) -> None:
+        write_json(path, {k: v for k, v in asdict(self).items() if k != "_cache"})
+
+    @classmethod
+    def load(cls, path: Path) -> "Preprocess":
+        body: dict[str, Any] = read_json(path)
+        del body["format_version"]
+        body["vocabulary"] = [tuple(words) for words in body["vocabulary"]]
+        return cls(**{name: tuple(value) for name, value in body.items()})
+
+
+def fit(frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[Feature], *, rare: int = 20) -> Preprocess:
+    """Learns ranges, scales and vocabularies from the rows where `train` is true.
+
+    Numbers are clipped to their 0.1 and 99.9 percentiles before scaling. Categories seen fewer than `rare` times
+    share the code of the unseen.
+    """
+    numbers = [f.name for f in features if f.kind == "number"]
+    categories = [f.name for f in features if f.kind == "category"]
+    learned: dict[str, list[float]] = {"low": [], "high": [], "mean": [], "std": []}
+    may_miss = []
+    for i, name in enumerate(numbers):
+        values = frame[name][train]
+        known = values[~np.isnan(values)]
+        if len(known) < len(values):
+            may_miss.append(i)
+        low, high = np.quantile(known, [0.001, 0.999]) if len(known) else (0.0, 0.0)
+        clipped = np.clip(known, low, high)
+        std = float(clipped.std()) if len(known) else 0.0
+        scale = (low, high, clipped.mean() if len(known) else 0.0, std if std > 1e-12 else 1.0)
+        for key, value in zip(learned, scale, strict=True):
+            learned[key].append(float(value))
+    vocabulary = []
+    for name in categories:
+        words, counts = np.unique([v for v in frame[name][train] if v is not None], return_counts=True)
+        vocabulary.append(tuple(str(w) for w, n in zip(words, counts, strict=True) if n >= rare))
+    return Preprocess(
+        tuple(numbers), tuple(categories), *(tuple(v) for v in learned.values()), tuple(may_miss), tuple(vocabulary)
+    )

@@ -1,0 +1,129 @@
+"""Prediction rows: which keys are asked about, when, what came of them, and the part of the split they fall in."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from features.keys import codes_of, key_arrays, sorted_unique, text_keys
+from features.windows import first_known, holds, int_times, versions
+from pipelines.clock import MISSING, NEVER
+from pipelines.errors import Refused
+from pipelines.spec import HashSplit, Spec, TimeSplit
+
+PARTS = ("train", "valid_fit", "valid_select", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row per key (N): its version's columns, time of prediction, label and part.
+
+    `label`: 1, 0, or −1 where there is none; `part`: index into PARTS, −1 for none. Sorted by (t, key).
+    """
+
+    table: pa.Table
+    key: pa.Array
+    t: np.ndarray
+    label: np.ndarray
+    label_known: np.ndarray
+    part: np.ndarray
+    counts: dict[str, int]
+
+
+def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> Rows:
+    """The rows of SEMANTICS 3 and 5. Raises Refused when a part is empty or holds one class only."""
+    source = spec.row_source
+    v = versions(tables[spec.rows.source], source)
+    names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
+    keys = sorted_unique(names)
+    codes = codes_of(names, keys)
+    counts = {"keys": len(keys)}
+    if spec.predict_at is not None:
+        due = int_times(v.table[spec.predict_at.column])
+        t = np.where(due == MISSING, MISSING, due - spec.predict_at.lead)
+        usable = (codes >= 0) & (due != MISSING) & (v.known_from <= np.minimum(t, as_of))
+    else:
+        t = np.zeros(len(codes), np.int64)
+        usable = codes >= 0
+    chosen = np.full(len(keys), -1)
+    picked = np.flatnonzero(usable)
+    order = picked[np.lexsort((v.known_from[picked], codes[picked]))]
+    chosen[codes[order]] = order  # the last assignment, the newest version, stays
+    counts["without_version_in_time"] = int((chosen < 0).sum())
+    chosen = chosen[chosen >= 0]
+    if spec.closed_by:
+        closed = first_known(v.table.take(pa.array(chosen)), [tables[c] for c in spec.closed_by], spec.row_key)
+        too_late = closed <= t[chosen]
+        counts["closed_before_asked"] = int(too_late.sum())
+        chosen = chosen[~too_late]
+    table, t, name = v.table.take(pa.array(chosen)), t[chosen], names.take(pa.array(chosen))
+    label, label_known = _labels(spec, tables, name, as_of)
+    order = np.lexsort((codes[chosen], t))
+    table, t, name = table.take(pa.array(order)).combine_chunks(), t[order], name.take(pa.array(order))
+    label, label_known = label[order], label_known[order]
+    part = _parts(spec, name, t, label, label_known, as_of)
+    counts["rows"] = len(t)
+    counts["unlabelled"] = int((label < 0).sum())
+    counts |= {p: int((part == i).sum()) for i, p in enumerate(PARTS)}
+    return Rows(table, name, t, label, label_known, part, counts)
+
+
+def _labels(spec: Spec, tables: Mapping[str, pa.Table], name: pa.Array, as_of: int) -> tuple[np.ndarray, np.ndarray]:
+    """Label (1, 0, −1) and its known-at (NEVER where none) of each key, newest version known at `as_of`."""
+    facts = tables[spec.label.source]
+    v = versions(facts, spec.sources[spec.label.source])
+    codes = codes_of(text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows), name)
+    true, there = holds(spec.label, v.table[spec.label.column])
+    live = (codes >= 0) & ((v.known_from <= as_of) & (as_of < v.known_to) if spec.timed else True)
+    label, known = np.full(len(name), -1, np.int8), np.full(len(name), NEVER)
+    at = np.flatnonzero(live & there)
+    label[codes[at]] = true[at]
+    known[codes[at]] = v.known_from[at]
+    return label, known
+
+
+def _parts(
+    spec: Spec, name: pa.Array, t: np.ndarray, label: np.ndarray, known: np.ndarray, as_of: int
+) -> np.ndarray:
+    part = np.full(len(t), -1, np.int8)
+    if isinstance(spec.split, TimeSplit):
+        for i, (begin, end, label_by) in enumerate(split_bounds(spec, as_of)):
+            part[(t > begin) & (t <= end) & (known <= label_by) & (label >= 0)] = i
+    else:
+        part = np.where(label >= 0, hash_parts(spec.split, spec.seed, name), -1).astype(np.int8)
+    for i, p in enumerate(PARTS):
+        seen = set(label[part == i].tolist())
+        if not seen:
+            raise Refused(
+                f"split.{p} has no row with a known label; make it longer, or land more data "
+                f"({len(t)} rows, {int((label >= 0).sum())} with a label)"
+            )
+        if len(seen) == 1 and p != "valid_select":
+            raise Refused(
+                f"split.{p}: every label is {bool(seen.pop())}; a model needs both: check label in the spec"
+            )
+    return part
+
+
+def split_bounds(spec: Spec, as_of: int) -> list[tuple[int, int, int]]:
+    """(begin, end, label known by) of each part: a row belongs to it when begin < t ≤ end."""
+    split = spec.split
+    assert isinstance(split, TimeSplit) and spec.label_delay is not None
+    end, label_by, bounds = as_of - spec.label_delay, as_of, []
+    for p in reversed(PARTS):
+        begin = end - getattr(split, p)
+        bounds.append((begin, end, label_by))
+        end, label_by = begin - split.purge, begin
+    return bounds[::-1]
+
+
+def hash_parts(split: HashSplit, seed: int, name: pa.Array) -> np.ndarray:
+    """Part of each key by a seeded hash: equal keys fall into one part (N)."""
+    edges = np.cumsum([split.train, split.valid_fit, split.valid_select])
+    draws = [
+        int.from_bytes(hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()[:8], "big") / 2**64
+        for key in name.to_pylist()
+    ]
+    return np.searchsorted(edges, np.array(draws), side="right")

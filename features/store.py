@@ -1,0 +1,213 @@
+"""The feature store: Feast objects made from the spec, over the stored views of one snapshot.
+
+A feature folder is `features/PIPELINE/DEFS/SNAPSHOT/`: `views/*.parquet`, `online_rows.parquet` for the served
+store, and a Feast repository that anyone can open. It is immutable.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.frame import as_array, assemble, own_columns
+from features.ingest import Snapshot, read_table
+from features.keys import key_arrays, text_keys
+from features.windows import Columns, Stored, build_view, first_known, int_times, stored_views, versions
+from pipelines.clock import DAY_US, MISSING
+from pipelines.errors import MillraceError
+from pipelines.home import Home
+from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json
+from pipelines.spec import Sequence, Spec, TimeSplit
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+RECENT = 7 * DAY_US  # how far back the served store still knows a row
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The stored features of one snapshot: folder (home-relative), digest of its views, what it was made of."""
+
+    path: str
+    digest: str
+    defs_digest: str
+    snapshot: str
+    since_us: int
+    rows: int
+
+
+def defs_digest(spec: Spec) -> str:
+    """Digest of everything in a spec that says what a feature is."""
+    return digest_of(
+        spec.model_dump(mode="json", include={"pipeline", "time", "sources", "rows", "predict_at", "closed_by", "features"})
+    )
+
+
+def first_needed(spec: Spec, as_of: int) -> int:
+    """Earliest time at which features are asked for, µs."""
+    if not isinstance(spec.split, TimeSplit) or spec.label_delay is None:
+        return MISSING
+    parts = spec.split.train + spec.split.valid_fit + spec.split.valid_select + spec.split.test
+    return as_of - spec.label_delay - parts - 3 * spec.split.purge
+
+
+def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = MISSING) -> FeatureSet:
+    """The feature folder of a snapshot, found whole or built: values are right for every t ≥ since (µs)."""
+    defs = defs_digest(spec)
+    folder = home.features(spec.pipeline, defs, digest_of([snapshot.digest, since]))
+    code = code_digest("features")
+    if (folder / "done.json").exists():
+        done = read_json(folder / "done.json")
+        if done["code"] == code and all(
+            (folder / f).is_file() and file_digest(folder / f) == d for f, d in done["files"].items()
+        ):
+            return _feature_set(home, folder, done)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "views").mkdir(parents=True)
+    tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
+    views = stored_views(spec)
+
+    def write(stored: Stored) -> int:
+        table = build_view(spec, stored, tables, since)
+        time = "live_from" if stored.kind == "sequence" else "t"
+        stamp = table[time].cast(pa.timestamp("us", "UTC"))
+        table = table.append_column("event_timestamp", stamp)
+        pq.write_table(table, scratch / "views" / f"{stored.name}.parquet", compression="zstd", compression_level=1,
+                       use_dictionary=_strings(table))  # fmt: skip
+        return table.num_rows
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = sum(pool.map(write, views))
+    pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
+    files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
+    apply_feast(spec, scratch)
+    done = {
+        "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
+        "watermark_us": snapshot.watermark_us, "rows": rows,
+    }  # fmt: skip
+    write_json(scratch / "done.json", done)
+    scratch.replace(folder)
+    return _feature_set(home, folder, done)
+
+
+def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSet:
+    return FeatureSet(home.relative(folder), digest_of(done["files"]), done["defs_digest"], done["snapshot"],
+                      done["since_us"], done["rows"])  # fmt: skip
+
+
+def _strings(table: pa.Table) -> list[str]:
+    return [f.name for f in table.schema if pa.types.is_string(f.type)]
+
+
+def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) -> pa.Table:
+    """Versions of the rows source that a request may name: key, live_from, live_to, closed_at and the columns."""
+    v = versions(tables[spec.rows.source], spec.row_source)
+    names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
+    closed = first_known(v.table, [tables[c] for c in spec.closed_by], spec.row_key)
+    table = v.table.select([*spec.row_source.columns]).append_column("key", names)
+    for name, values in (("live_from", v.known_from), ("live_to", v.known_to), ("closed_at", closed)):
+        table = table.append_column(name, pa.array(values))
+    keep = pc.is_valid(names)
+    if spec.predict_at is not None:
+        due = int_times(v.table[spec.predict_at.column])
+        keep = pc.and_(keep, pa.array(due >= snapshot.watermark_us - RECENT))
+    table = table.filter(keep)
+    return table.take(pc.sort_indices(table, [("key", "ascending"), ("live_from", "ascending")])).combine_chunks()
+
+
+def apply_feast(spec: Spec, folder: Path) -> None:
+    """Writes the Feast repository of the views in `folder`: entities, feature views and one feature service."""
+    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+    from feast.types import Bool, Float64, Int64, String, UnixTimestamp
+
+    types = {"string": String, "int64": Int64, "float64": Float64, "bool": Bool, "timestamp": UnixTimestamp}
+    values = {"string": ValueType.STRING, "int64": ValueType.INT64, "bool": ValueType.BOOL,
+              "timestamp": ValueType.UNIX_TIMESTAMP}  # fmt: skip
+    (folder / "feature_store.yaml").write_text(
+        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
+        "offline_store: {type: features.asof.AsofOfflineStore}\nonline_store: {type: sqlite, path: feast_online.db}\n"
+        "entity_key_serialization_version: 3\n"
+    )
+    entities, views = {}, []
+    for stored in stored_views(spec):
+        shape = spec.features.views[stored.view].shape
+        source = spec.sources[shape.source]
+        for column in stored.key:
+            kind = source.columns[column].type
+            entities.setdefault(column, Entity(name=column, join_keys=[column], value_type=values[kind]))
+        tags = {"millrace.kind": stored.kind, "millrace.view": stored.view}
+        if isinstance(shape, Sequence):
+            tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
+        fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
+        fields += [Field(name=c, dtype=Int64) for c in stored.integers]
+        fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values if c not in stored.key]
+        views.append(
+            FeatureView(
+                name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0), schema=fields,
+                source=FileSource(name=stored.name, path=f"views/{stored.name}.parquet",
+                                  timestamp_field="event_timestamp"),
+                online=False, tags=tags,
+            )
+        )  # fmt: skip
+    store = FeatureStore(repo_path=str(folder))
+    store.apply([*entities.values(), *views, FeatureService(name=spec.pipeline, features=views)])
+
+
+def open_feast(home: Home, features: FeatureSet) -> "FeatureStore":
+    """The Feast store of a feature set."""
+    from feast import FeatureStore
+
+    return FeatureStore(repo_path=str(home.root / features.path))
+
+
+def historical_features(spec: Spec, home: Home, features: FeatureSet, rows: pa.Table, t: np.ndarray) -> Columns:
+    """The frame of N rows at their times `t` (µs): Feast's point-in-time join, then `frame.assemble`.
+
+    `rows` holds the declared columns of the rows source. Raises MillraceError for a t before `since_us`.
+    """
+    if len(t) and t.min() < features.since_us:
+        raise MillraceError("features were asked for a time before the feature set begins; build it from earlier on")
+    raw = _raw_through_feast(spec, home, features, rows, t)
+    return assemble(spec, own_columns(spec, rows), raw, t)
+
+
+def _raw_through_feast(
+    spec: Spec, home: Home, features: FeatureSet, rows: pa.Table, t: np.ndarray
+) -> dict[str, dict[str, Columns]]:
+    raw: dict[str, dict[str, Columns]] = {name: {} for name in spec.features.views}
+    if not raw:
+        return raw
+    needed = {c for s in stored_views(spec) for c in s.key}
+    needed |= {v.shape.order for v in spec.features.views.values() if isinstance(v.shape, Sequence)}
+    entity = rows.select(sorted(needed)).append_column("event_timestamp", pa.array(t).cast(pa.timestamp("us", "UTC")))
+    store = open_feast(home, features)
+    job = store.get_historical_features(
+        entity_df=entity.to_pandas(), features=store.get_feature_service(spec.pipeline), full_feature_names=True
+    )
+    joined = job.to_arrow()
+    if joined.num_rows != len(t):
+        raise MillraceError(f"the point-in-time join gave {joined.num_rows} rows for {len(t)}")
+    for stored in stored_views(spec):
+        columns = {}
+        for name in stored.integers:
+            none = MISSING if name in ("event", "order") else 0
+            column = joined[f"{stored.name}__{name}"].combine_chunks().cast(pa.int64())
+            columns[name] = column.fill_null(none).to_numpy(zero_copy_only=False)
+        for name, kind in stored.values:
+            column = rows[name] if name in stored.key else joined[f"{stored.name}__{name}"]
+            columns[name] = as_array(column, kind)
+        raw[stored.view][stored.name] = columns
+    return raw
+

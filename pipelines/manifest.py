@@ -1,0 +1,163 @@
+"""Digests, atomic files, pinned inputs and stage outputs: what makes a run repeatable."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipelines.errors import MillraceError
+
+FORMAT_VERSION = 1
+ROOT = Path(__file__).resolve().parents[1]
+_LAYERS = ("pipelines", "features", "models", "deploy", "tasks", "flows")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that depends on the value alone: sorted keys, no spaces, exact floats."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_digest(layer: str) -> str:
+    """SHA-256 over the sources that a stage of this layer may import (its own and all below)."""
+    sources = hashlib.sha256()
+    for name in _LAYERS[: _LAYERS.index(layer) + 1]:
+        for path in sorted((ROOT / name).rglob("*.py")):
+            sources.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return sources.hexdigest()
+
+
+@cache
+def library_versions(*names: str) -> dict[str, str]:
+    """Installed versions of the named distributions."""
+    return {name: metadata.version(name) for name in names}
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """The file holds `data` whole or is as it was: written beside, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Atomic, readable JSON with `format_version`."""
+    body = {"format_version": FORMAT_VERSION, **value}
+    write_atomic(path, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises MillraceError for another format version or a broken file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MillraceError(f"{path}: not found; run `millrace run PIPELINE` to make it again") from None
+    except json.JSONDecodeError as error:
+        raise MillraceError(f"{path}: not JSON ({error}); delete it and run again") from None
+    found = value.get("format_version")
+    if found != FORMAT_VERSION:
+        raise MillraceError(
+            f"{path}: format_version {found}, this Millrace writes and reads {FORMAT_VERSION}; "
+            "run `pip install -U millrace` if the home is newer, or point MILLRACE_HOME at another folder"
+        )
+    return value
+
+
+@contextmanager
+def lock(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
+    """Holds an exclusive file lock; raises MillraceError naming `what` if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise MillraceError(
+                f"{what} is already running (process {file.read().strip() or 'unknown'}); "
+                "wait until it ends, or stop it, and type the command again"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Reference to what a stage left: home-relative folder, and the digest of its files."""
+
+    stage: str
+    path: str
+    digest: str
+
+
+def _folder_digest(files: dict[str, str]) -> str:
+    return digest_of(files)
+
+
+def find_artifact(home: Path, stage: str, key: str) -> Artifact | None:
+    """The complete output of a stage for this key, or None. A broken folder is removed."""
+    folder = home / "artifacts" / stage / key
+    done = folder / "done.json"
+    if not folder.exists():
+        return None
+    if done.is_file():
+        files = read_json(done)["files"]
+        if all((folder / f).is_file() and file_digest(folder / f) == d for f, d in files.items()):
+            return Artifact(stage, folder.relative_to(home).as_posix(), _folder_digest(files))
+    shutil.rmtree(folder)
+    return None
+
+
+def make_artifact(home: Path, stage: str, key: str, build: Callable[[Path], None]) -> Artifact:
+    """The output of a stage: found, or built in a scratch folder that takes its name when it is whole."""
+    found = find_artifact(home, stage, key)
+    if found is not None:
+        return found
+    folder = home / "artifacts" / stage / key
+    scratch = folder.with_name(f".{key}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        build(scratch)
+        files = {
+            p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()
+        }
+        write_json(scratch / "done.json", {"stage": stage, "key": key, "files": files})
+        scratch.replace(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return Artifact(stage, folder.relative_to(home).as_posix(), _folder_digest(files))

@@ -1,0 +1,669 @@
+"""The spec: one frozen, typed description of a pipeline, read from one YAML file.
+
+YAML says what, Python says how. Every field has its meaning and unit here, and its default only here.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import WithJsonSchema, model_validator
+
+from pipelines.clock import duration_text, duration_us
+from pipelines.errors import UsageError, nearest
+
+HERE = Path(__file__).parent
+_DURATION_SCHEMA = {"type": "string", "pattern": r"^-?\d+(us|ms|s|m|h|d)$", "examples": ["60m", "1h", "30d"]}
+Duration = Annotated[
+    int, BeforeValidator(duration_us), PlainSerializer(duration_text), WithJsonSchema(_DURATION_SCHEMA)
+]
+ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Condition(Model):
+    """A test on one number: exactly one of the comparisons."""
+
+    column: str = Field(description="column that is compared")
+    gt: float | None = Field(None, description="true when greater")
+    ge: float | None = Field(None, description="true when greater or equal")
+    lt: float | None = Field(None, description="true when less")
+    le: float | None = Field(None, description="true when less or equal")
+    eq: float | str | bool | None = Field(None, description="true when equal")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Condition":
+        if len(self.comparison()) != 1:
+            raise ValueError("give exactly one of gt, ge, lt, le, eq")
+        return self
+
+    def comparison(self) -> dict[str, float | str | bool]:
+        found = {name: getattr(self, name) for name in ("gt", "ge", "lt", "le", "eq")}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class Label(Condition):
+    """What is predicted: true or false, from the newest version of a fact known at `as_of`."""
+
+    source: str = Field(alias="from", description="source that holds the outcome, found by the row key")
+
+
+class KnownAt(Model):
+    """When a fact became known: exactly one of the three. There is no default."""
+
+    column: str | None = Field(None, description="column that holds the time")
+    lag: Duration | None = Field(None, description="time after the event time (0s is said, not assumed)")
+    arrival: bool = Field(False, description="when the landing file was first seen")
+
+    @model_validator(mode="after")
+    def _one(self) -> "KnownAt":
+        if (self.column is not None) + (self.lag is not None) + self.arrival != 1:
+            raise ValueError("give exactly one of column, lag, arrival")
+        return self
+
+
+class Column(Model):
+    """Type of a column and what its values may be. The contract is made from this."""
+
+    type: ColumnType = Field(description="type after reading; timestamps are UTC microseconds")
+    nulls: float = Field(0.0, ge=0, le=1, description="largest share of nulls that is accepted")
+    min: float | None = Field(None, description="smallest value accepted")
+    max: float | None = Field(None, description="largest value accepted")
+    values: tuple[str, ...] | None = Field(None, description="the only values accepted")
+    pattern: str | None = Field(None, description="regular expression that every value matches")
+    resolution: float | None = Field(
+        None, gt=0, description="smallest step kept in window sums; needed for float64 columns that are summed"
+    )
+
+
+class Reference(Model):
+    """Foreign key: values of `columns` are found in source `to`."""
+
+    to: str = Field(description="source that must hold the values")
+    columns: tuple[str, ...] = Field(description="columns, named alike in both sources")
+    share: float = Field(1.0, ge=0, le=1, description="smallest share of non-null values that must be found")
+
+
+class Sample(Model):
+    """Where the sample data of a pipeline comes from."""
+
+    call: str | None = Field(None, description="module:function that writes the landing files")
+    package: str | None = Field(None, description="installed Python package that ships the table")
+    file: str | None = Field(None, description="path of a CSV file inside that package's distribution")
+    source: str | None = Field(None, description="source that the CSV file fills")
+    skip_rows: int = Field(0, ge=0, description="lines to skip at the head of the CSV file")
+    column_names: tuple[str, ...] | None = Field(None, description="names, where the CSV file has no header")
+
+
+class Source(Model):
+    """A landing table: facts, each with a key, an event time and a known-at."""
+
+    kind: Literal["observation", "plan"] = Field(
+        "observation", description="observation: known at or after its event; plan: announced before it"
+    )
+    key: tuple[str, ...] = Field(description="columns that name a fact; a later version is a correction")
+    event_time: str | None = Field(None, description="timestamp column: when it happened, or is planned")
+    known_at: KnownAt | None = Field(None, description="when a fact became known")
+    columns: dict[str, Column] = Field(description="every column that is read, with what it may hold")
+    order: tuple[tuple[str, str], ...] = Field((), description="pairs [a, b] of columns with a ≤ b in every row")
+    references: tuple[Reference, ...] = Field((), description="foreign keys")
+    rows_min: int = Field(1, ge=1, description="fewest rows accepted")
+    rows_shrink: float = Field(0.0, ge=0, le=1, description="largest loss of rows against the previous snapshot")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_columns(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("columns"), dict):
+            short = {k: {"type": v} if isinstance(v, str) else v for k, v in data["columns"].items()}
+            data = {**data, "columns": short}
+        return data
+
+
+class Rows(Model):
+    """What is predicted: one row for each key of one source."""
+
+    source: str = Field(alias="from", description="source whose newest version describes the row")
+    key: tuple[str, ...] | Literal["row_digest"] = Field(
+        description="columns that name a row, or row_digest where the table has no key (time: none)"
+    )
+
+
+class PredictAt(Model):
+    """When a row is predicted: `lead` before the time in its `column`."""
+
+    column: str = Field(description="timestamp column of the rows source")
+    lead: Duration = Field(description="how long before that time the prediction is made")
+    tolerance: Duration = Field(description="how far from that instant a request still counts as in time")
+
+
+class Window(Model):
+    """Aggregates over the facts of a key in time windows ending (`last`) or beginning (`next`) at t."""
+
+    source: str = Field(alias="from", description="source of the facts")
+    key: tuple[str, ...] = Field((), description="columns that name the group; empty: all facts")
+    over: str | None = Field(None, description="timestamp column that the window is on; default: event time")
+    last: tuple[Duration, ...] = Field((), description="lengths of past windows (t − w, t]")
+    next: tuple[Duration, ...] = Field((), description="lengths of future windows (t, t + w], over plans")
+    count: bool = Field(True, description="number of facts")
+    mean: tuple[str, ...] = Field((), description="number columns whose mean is taken")
+    std: tuple[str, ...] = Field((), description="number columns whose standard deviation is taken")
+    share: dict[str, Condition] = Field({}, description="name → condition whose share of facts is taken")
+
+    @model_validator(mode="after")
+    def _some(self) -> "Window":
+        if not (self.last or self.next):
+            raise ValueError("give the window lengths: last: [1h] or next: [1h]")
+        if any(w <= 0 for w in (*self.last, *self.next)):
+            raise ValueError("a window length must be positive")
+        return self
+
+
+class Open(Model):
+    """The backlog: plans due in (t − w, t] that no closing fact known at t has closed."""
+
+    source: str = Field(alias="from", description="source of the plans")
+    key: tuple[str, ...] = Field((), description="columns that name the group; empty: all plans")
+    over: str = Field(description="timestamp column: when the plan is due")
+    last: tuple[Duration, ...] = Field(min_length=1, description="window lengths")
+    closed_by: tuple[str, ...] = Field(min_length=1, description="sources with the plan's key that close it")
+
+
+class Change(Model):
+    """Value now minus the value that was known some time ago."""
+
+    columns: tuple[str, ...] = Field(min_length=1, description="number columns")
+    over: tuple[Duration, ...] = Field(min_length=1, description="how long ago")
+
+
+class Latest(Model):
+    """Columns of the newest fact of a key known at t, not older than `ttl`."""
+
+    source: str = Field(alias="from", description="source of the facts")
+    key: tuple[str, ...] = Field(description="columns that name the group")
+    columns: tuple[str, ...] = Field(min_length=1, description="columns that become features")
+    ttl: Duration | None = Field(None, description="oldest event time accepted: t − ttl ≤ event time")
+    change: Change | None = Field(None, description="differences against earlier values")
+
+
+class Sequence(Model):
+    """The plan of the same key just before the row's own: what it was, and what is known of it at t."""
+
+    source: str = Field(alias="from", description="source of the plans")
+    key: tuple[str, ...] = Field(description="columns that name the chain, such as an aircraft")
+    order: str = Field(description="timestamp column; the row's own value is a request field")
+    within: Duration = Field(description="how far back the previous plan may lie")
+    columns: tuple[str, ...] = Field((), description="columns of the previous plan that become features")
+    facts: dict[str, tuple[str, ...]] = Field(
+        {}, description="source → number columns of the newest version known at t, found by the plan's key"
+    )
+
+
+class View(Model):
+    """One group of features: exactly one of the four shapes."""
+
+    window: Window | None = None
+    open: Open | None = None
+    latest: Latest | None = None
+    sequence: Sequence | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "View":
+        if sum(x is not None for x in (self.window, self.open, self.latest, self.sequence)) != 1:
+            raise ValueError("give exactly one of window, open, latest, sequence")
+        return self
+
+    @property
+    def shape(self) -> Window | Open | Latest | Sequence:
+        found = self.window or self.open or self.latest or self.sequence
+        assert found is not None
+        return found
+
+
+class Calendar(Model):
+    """Parts of a timestamp in local time."""
+
+    column: str = Field(description="timestamp column of the rows source")
+    timezone: str = Field(description="IANA zone, such as America/New_York")
+    parts: tuple[Literal["minute_of_day", "hour", "weekday", "day", "month", "day_of_year"], ...] = Field(
+        ("minute_of_day", "weekday", "month"), description="what becomes a feature"
+    )
+
+
+class Function(Model):
+    """One pure function over arrays: module:function(columns) → columns."""
+
+    call: str = Field(description="module:function, taking and returning dict[str, numpy array]")
+    inputs: tuple[str, ...] = Field(description="row columns or features that it reads")
+    outputs: tuple[str, ...] = Field(description="float64 features that it returns")
+
+
+class Features(Model):
+    """Everything that the model sees, defined once for training and serving."""
+
+    row: tuple[str, ...] = Field((), description="columns of the row itself")
+    calendar: Calendar | None = None
+    views: dict[str, View] = Field({}, description="name → group of features")
+    functions: tuple[Function, ...] = ()
+
+
+class TimeSplit(Model):
+    """Parts by time, durations back from as_of − label_delay: train · valid_fit · valid_select · test."""
+
+    by: Literal["time"] = "time"
+    train: Duration = Field(description="length of the training part")
+    valid_fit: Duration = Field(description="length of the part for early stopping and tuning")
+    valid_select: Duration = Field(description="length of the part for calibration and choice")
+    test: Duration = Field(description="length of the part that only the gate reads")
+    purge: Duration = Field(description="gap between parts, at least label_delay")
+
+
+class HashSplit(Model):
+    """Parts by a seeded hash of the row key, as shares that add up to 1 (time: none)."""
+
+    by: Literal["hash"]
+    train: float = Field(gt=0, lt=1)
+    valid_fit: float = Field(gt=0, lt=1)
+    valid_select: float = Field(gt=0, lt=1)
+    test: float = Field(gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "HashSplit":
+        total = self.train + self.valid_fit + self.valid_select + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"shares must add up to 1, they add up to {total:g}")
+        return self
+
+
+class ClockSpec(Model):
+    """How now is told. SEMANTICS: wall, or data time from the anchor of the last feed."""
+
+    kind: Literal["wall", "data"] = Field("wall", description="wall clock, or data time")
+    speed: float = Field(0.0, ge=0, description="data seconds per wall second (data clock)")
+    offset: Duration = Field(0, description="added to the anchor's data time (data clock)")
+
+
+class Range(Model):
+    """What a hyper-parameter may be: numbers from low to high, or one of the choices."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="drawn on a logarithmic scale")
+    integer: bool = Field(False, description="whole numbers only")
+    choices: tuple[float | int | str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Range":
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("give either low and high, or choices")
+        return self
+
+
+class Network(Model):
+    """The network: embeddings of categories and periodic embeddings of numbers into an MLP."""
+
+    width: int = Field(192, ge=1, description="units per hidden layer")
+    depth: int = Field(2, ge=1, description="hidden layers")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    embedding: int = Field(8, ge=1, description="numbers per category")
+    frequencies: int = Field(8, ge=0, description="periodic frequencies per number; 0: numbers go in as they are")
+    sigma: float = Field(0.3, gt=0, description="scale of the initial frequencies")
+
+
+class Train(Model):
+    """Training of the network, by PyTorch Lightning."""
+
+    network: Network = Network()
+    ranks: int | Literal["auto"] = Field("auto", description="processes; auto: one per GPU, else 1")
+    max_epochs: int = Field(4, ge=1)
+    batch_size: int = Field(2048, ge=2, description="rows per optimiser step over all ranks")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
+    checkpoint_every: Duration = Field(
+        20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
+    )
+    max_restarts: int = Field(5, ge=0, description="how often dead ranks are restarted")
+
+
+class Tune(Model):
+    """Search by Optuna, in generations that do not depend on the number of workers."""
+
+    generations: int = Field(2, ge=1)
+    size: int = Field(4, ge=1, description="trials per generation")
+    workers: int = Field(1, ge=1, description="trials that run at the same time")
+    max_epochs: int = Field(2, ge=1, description="epochs per trial")
+    rows: int = Field(60_000, ge=1, description="newest training rows that a trial sees")
+    pruner: Literal["median", "none"] = "median"
+    space: dict[str, Range] = Field({}, description="field of train or train.network → range")
+    gbdt_space: dict[str, Range] = Field({}, description="LightGBM parameter → range; empty: not tuned")
+
+
+class Gbdt(Model):
+    """LightGBM at fixed defaults: the baseline that every run trains."""
+
+    learning_rate: float = Field(0.05, gt=0)
+    num_leaves: int = Field(63, ge=2)
+    feature_fraction: float = Field(0.3, gt=0, le=1)
+    min_data_in_leaf: int = Field(100, ge=1)
+    max_rounds: int = Field(600, ge=1, description="trees at most; early stopping on valid_fit ends sooner")
+    patience: int = Field(30, ge=1, description="rounds without gain before stopping")
+
+
+class Gate(Model):
+    """When a challenger may replace the champion."""
+
+    metric: Literal["log_loss", "auc", "brier", "pr_auc"] = Field("log_loss", description="metric that decides")
+    min_gain: float = Field(0.0, description="gain over the champion that the interval's lower end must exceed")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="two-sided level of the bootstrap interval")
+    resamples: int = Field(300, ge=20, description="bootstrap resamples")
+    min_rows: int = Field(500, ge=1, description="fewest test rows; fewer are refused")
+    max_calibration_error: float = Field(0.1, gt=0, description="largest expected calibration error accepted")
+    max_slice_loss: float = Field(
+        0.05, ge=0, description="largest loss of the metric in any slice against the champion, interval included"
+    )
+    slice_min_rows: int = Field(200, ge=1, description="smaller slices are shown, not judged")
+    slices: tuple[str, ...] = Field((), description="row columns or calendar parts by which quality is shown")
+
+
+class Serve(Model):
+    """The endpoint and its budget."""
+
+    port: int = Field(3000, ge=0, le=65535, description="port of the endpoint")
+    workers: int = Field(1, ge=1, description="worker processes")
+    threshold: float = Field(0.5, gt=0, lt=1, description="probability from which the decision is yes")
+    request: tuple[str, ...] = Field((), description="row columns that may be given for an unknown row")
+    stale_after: Duration | None = Field(None, description="age of a latest value that is flagged as stale")
+    latency_budget: Duration = Field(50_000, description="p95 of one request in preflight", validate_default=True)
+    size_budget_mb: float = Field(200, gt=0, description="largest bento, MB")
+    log_flush: Duration = Field(1_000_000, description="age at which predictions are written", validate_default=True)
+
+
+class Spec(Model):
+    """A pipeline, whole."""
+
+    format_version: Literal[1] = 1
+    pipeline: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="name, from the file's name")
+    title: str = Field(description="the question, in one sentence")
+    seed: int = Field(7, ge=0)
+    time: Literal["facts", "none"] = Field("facts", description="none: the table has no time")
+    clock: ClockSpec | None = None
+    sample: Sample | None = None
+    sources: dict[str, Source] = Field(min_length=1)
+    rows: Rows
+    predict_at: PredictAt | None = None
+    closed_by: tuple[str, ...] = Field((), description="sources whose fact known at t means: too late to ask")
+    label: Label
+    label_delay: Duration | None = Field(None, description="time after which an outcome is known")
+    split: TimeSplit | HashSplit = Field(discriminator="by")
+    features: Features = Features()
+    gbdt: Gbdt = Gbdt()
+    train: Train = Train()
+    tune: Tune = Tune()
+    gate: Gate = Gate()
+    serve: Serve = Serve()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            split = data.get("split")
+            if isinstance(split, dict) and "by" not in split:
+                data = {**data, "split": {**split, "by": "time"}}
+            if data.get("time", "facts") == "facts" and "clock" not in data:
+                data = {**data, "clock": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Spec":
+        _Check(self).run()
+        return self
+
+    @property
+    def timed(self) -> bool:
+        return self.time == "facts"
+
+    @property
+    def row_source(self) -> Source:
+        return self.sources[self.rows.source]
+
+    @property
+    def row_key(self) -> tuple[str, ...]:
+        return ("row_digest",) if isinstance(self.rows.key, str) else self.rows.key
+
+
+class _Check:
+    """What a type cannot say: names that must exist and fit together."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def source(self, name: str, where: str) -> Source:
+        known = list(self.spec.sources)
+        if name not in known:
+            raise ValueError(f"{where} {name!r} is not a source (sources: {', '.join(known)}{nearest(name, known)})")
+        return self.spec.sources[name]
+
+    def column(self, source: str, name: str, where: str, *types: str) -> Column:
+        columns = self.source(source, where).columns
+        if name not in columns:
+            known = list(columns)
+            raise ValueError(
+                f"{where} {name!r} not in source {source!r} (columns: {', '.join(known)}{nearest(name, known)})"
+            )
+        if types and columns[name].type not in types:
+            raise ValueError(
+                f"{where} {name!r} of source {source!r} is {columns[name].type}, expected {' or '.join(types)}"
+            )
+        return columns[name]
+
+    def run(self) -> None:
+        spec = self.spec
+        for name, source in spec.sources.items():
+            self.check_source(name, source)
+        self.source(spec.rows.source, "rows.from")
+        if not isinstance(spec.rows.key, str):
+            for column in spec.rows.key:
+                self.column(spec.rows.source, column, "rows.key")
+        self.column(spec.label.source, spec.label.column, "label.column")
+        if spec.timed:
+            self.check_timed()
+        else:
+            self.check_untimed()
+        for column in spec.features.row:
+            self.column(spec.rows.source, column, "features.row", "string", "int64", "float64", "bool")
+        for name, view in spec.features.views.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or "__" in name:
+                raise ValueError(f"features.views {name!r}: use lower-case letters, digits and single underscores")
+            self.check_view(f"features.views.{name}", view)
+        if spec.features.calendar:
+            self.column(spec.rows.source, spec.features.calendar.column, "features.calendar.column", "timestamp")
+        for column in spec.serve.request:
+            self.column(spec.rows.source, column, "serve.request")
+
+    def check_source(self, name: str, source: Source) -> None:
+        where = f"sources.{name}"
+        if not (not self.spec.timed and source.key == ("row_digest",)):
+            for column in source.key:
+                if self.column(name, column, f"{where}.key").type == "float64":
+                    raise ValueError(f"{where}.key {column!r} is float64; a key is string, int64, bool or timestamp")
+        for pair in source.order:
+            for column in pair:
+                self.column(name, column, f"{where}.order")
+        for reference in source.references:
+            for column in reference.columns:
+                self.column(name, column, f"{where}.references.columns")
+                self.column(reference.to, column, f"{where}.references.to")
+        if not self.spec.timed:
+            if source.known_at or source.event_time:
+                raise ValueError(f"{where}: time: none takes neither known_at nor event_time")
+            return
+        if source.known_at is None:
+            raise ValueError(f"{where}.known_at is missing: give {{column: c}}, {{lag: 1h}} or {{arrival: true}}")
+        if source.event_time is None:
+            raise ValueError(f"{where}.event_time is missing: name the timestamp column of the event")
+        self.column(name, source.event_time, f"{where}.event_time", "timestamp")
+        if source.known_at.column:
+            self.column(name, source.known_at.column, f"{where}.known_at.column", "timestamp")
+        if source.kind == "plan" and source.known_at.lag is not None and source.known_at.lag >= 0:
+            raise ValueError(f"{where}: a plan is known before its event; give known_at.column or a negative lag")
+        if source.kind == "observation" and source.known_at.lag is not None and source.known_at.lag < 0:
+            raise ValueError(f"{where}: an observation is never known before its event; lag must be ≥ 0s")
+
+    def check_timed(self) -> None:
+        spec = self.spec
+        if spec.predict_at is None or spec.label_delay is None:
+            raise ValueError("predict_at and label_delay are missing (or say time: none)")
+        if spec.split.by != "time":
+            raise ValueError("split.by: hash is for time: none")
+        if isinstance(spec.rows.key, str):
+            raise ValueError("rows.key: row_digest is for time: none")
+        self.column(spec.rows.source, spec.predict_at.column, "predict_at.column", "timestamp")
+        for name in (*spec.closed_by, spec.label.source):
+            source = self.source(name, "closed_by" if name in spec.closed_by else "label.from")
+            missing = set(spec.rows.key) - set(source.columns)
+            if missing:
+                raise ValueError(f"source {name!r} lacks the row key column(s) {', '.join(sorted(missing))}")
+        if isinstance(spec.split, TimeSplit):
+            if spec.split.purge < spec.label_delay:
+                raise ValueError("split.purge must be at least label_delay, or labels leak over the border")
+            for part in ("train", "valid_fit", "valid_select", "test"):
+                if getattr(spec.split, part) <= 0:
+                    raise ValueError(f"split.{part} is empty: give a duration above 0s")
+
+    def check_untimed(self) -> None:
+        spec = self.spec
+        refused = {"predict_at": spec.predict_at, "label_delay": spec.label_delay, "clock": spec.clock,
+                   "closed_by": spec.closed_by, "features.calendar": spec.features.calendar}
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name} needs a time, and this pipeline says time: none")
+        for name, view in spec.features.views.items():
+            if view.latest is None or view.latest.ttl or view.latest.change:
+                raise ValueError(f"features.views.{name} needs a time, and this pipeline says time: none")
+        if spec.split.by != "hash":
+            raise ValueError("time: none splits by a hash of the key: give split.by: hash and four shares")
+
+    def check_view(self, where: str, view: View) -> None:
+        shape = view.shape
+        for column in shape.key:
+            self.column(shape.source, column, f"{where}.key")
+            self.column(self.spec.rows.source, column, f"{where}.key")
+        if isinstance(shape, Window):
+            if shape.over:
+                self.column(shape.source, shape.over, f"{where}.over", "timestamp")
+            for column in (*shape.mean, *shape.std):
+                found = self.column(shape.source, column, f"{where}.mean", "int64", "float64", "bool")
+                if found.type == "float64" and found.resolution is None:
+                    raise ValueError(f"{where}.mean {column!r} is float64: declare its resolution in the source")
+            for condition in shape.share.values():
+                self.column(shape.source, condition.column, f"{where}.share")
+            if shape.next and self.spec.sources[shape.source].kind != "plan":
+                raise ValueError(f"{where}.next looks ahead: it needs a source of kind plan")
+        elif isinstance(shape, Open):
+            self.column(shape.source, shape.over, f"{where}.over", "timestamp")
+            for name in shape.closed_by:
+                for column in self.spec.sources[shape.source].key:
+                    self.column(name, column, f"{where}.closed_by")
+        elif isinstance(shape, Latest):
+            for column in shape.columns:
+                self.column(shape.source, column, f"{where}.columns", "string", "int64", "float64", "bool")
+            for column in shape.change.columns if shape.change else ():
+                self.column(shape.source, column, f"{where}.change.columns", "int64", "float64")
+        else:
+            self.column(shape.source, shape.order, f"{where}.order", "timestamp")
+            self.column(self.spec.rows.source, shape.order, f"{where}.order", "timestamp")
+            for column in shape.columns:
+                self.column(shape.source, column, f"{where}.columns", "string", "int64", "float64", "bool",
+                            "timestamp")
+            for name, columns in shape.facts.items():
+                for column in columns:
+                    self.column(name, column, f"{where}.facts", "int64", "float64", "bool")
+
+
+def pipeline_names() -> list[str]:
+    """Names of the pipelines in this folder."""
+    return sorted(p.stem for p in HERE.glob("*.yaml"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path.name}: expected a mapping of fields, found {type(data).__name__}")
+    base = data.pop("extends", None)
+    return _merge(_read_yaml(path.parent / base), data) if base else data
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
+    path, eq, text = item.partition("=")
+    if not eq or not path:
+        raise UsageError(f"--set {item!r}: write key=value, such as train.max_epochs=2")
+    over: Any = yaml.safe_load(text)
+    for name in reversed(path.strip().split(".")):
+        over = {name: over}
+    return _merge(data, over)
+
+
+def find_pipeline(name: str) -> Path:
+    """The YAML file of a pipeline: a name in this folder, or a path that ends in .yaml."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else HERE / f"{name}.yaml"
+    if not path.is_file():
+        known = pipeline_names()
+        raise UsageError(
+            f"unknown pipeline {name!r} (known: {', '.join(known)}{nearest(name, known)}); "
+            "give one of these or the path of a .yaml file"
+        )
+    return path
+
+
+def load_spec(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Spec:
+    """The validated spec of a pipeline, `key=value` overrides applied. Raises UsageError with every mistake."""
+    path = find_pipeline(name)
+    data = _read_yaml(path)
+    for item in overrides:
+        data = _override(data, item)
+    data = {"pipeline": path.stem, **data}
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as error:
+        raise UsageError("\n".join(_sentence(path.name, e) for e in error.errors())) from None
+
+
+def _sentence(file: str, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part not in ("time", "hash") or len(error["loc"]) < 3)
+    if error["type"] == "extra_forbidden":
+        fields = sorted({name for model in _models(Spec) for name in model.model_fields})
+        return f"{file}: {where}: unknown field{nearest(str(error['loc'][-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{file}: {where}: missing"
+    found = "" if isinstance(error["input"], dict | Spec) else f", found {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{file}: {where + ': ' if where else ''}{message}{found if error['type'] != 'value_error' else ''}"
+
+
+def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    return {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, BaseModel)}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML file, for editors."""
+    schema = Spec.model_json_schema(by_alias=True)
+    schema["required"] = [name for name in schema["required"] if name != "pipeline"]
+    schema["properties"]["extends"] = {"type": "string", "description": "YAML file that this one changes"}
+    return schema

@@ -1,0 +1,297 @@
+"""The scheduler, the guard, the sweep and the alert, on a real Prefect server with one real process worker.
+
+The flows are toys, deployed with the job variables of the repository's prefect.yaml. A toy task that has to
+be killed in mid-work waits for a file; every task appends a line to `events`: what, by which process, when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.states import Cancelling
+
+from tests.e2e.prefect_server import PrefectServer, prefect_server, running, tail, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+REPOSITORY = Path(__file__).parents[2]
+TOYS = """
+import os, time
+from pathlib import Path
+from prefect import flow, task
+
+def note(what):
+    with open("events", "a") as events:
+        events.write(f"{what} {os.getpid()} {time.time()}\\n")
+
+@task(cache_key_fn=lambda _, inputs: f"quick-{inputs['name']}", persist_result=True, result_serializer="json")
+def quick(name):
+    note(f"quick-{name}")
+
+@task
+def held(name):
+    note(f"held-{name}")
+    while not Path(f"let-{name}-go").exists():
+        time.sleep(0.05)
+
+@task(retries=2, retry_delay_seconds=0.2)
+def flaky():
+    note("flaky")
+    if Path("events").read_text().count("flaky ") < 3:
+        raise ConnectionError("twice is not enough")
+
+@task
+def tick():
+    note("tick")
+
+@flow
+def crawl(name: str):
+    quick(name)
+    held(name)
+
+@flow
+def retry():
+    flaky()
+
+@flow
+def scheduled():
+    tick()
+
+@flow
+def broken():
+    raise ValueError('no "data" today\\\\')
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The server, its worker, and the toys deployed on them."""
+
+    server: PrefectServer
+    folder: Path
+    client: SyncPrefectClient
+    supervisor: Callable[[], Any]
+    alerts: list[dict[str, Any]]
+
+    def start(self, flow: str, **parameters: str) -> UUID:
+        deployment = self.client.read_deployment_by_name(f"{flow}/toy")
+        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+    def run(self, run_id: UUID) -> FlowRun:
+        return self.client.read_flow_run(run_id)
+
+    def task_runs(self, run_id: UUID) -> list[TaskRun]:
+        of_run = FlowRunFilter.model_validate({"id": {"any_": [run_id]}})
+        return self.client.read_task_runs(flow_run_filter=of_run)
+
+    def events(self, what: str) -> list[tuple[int, float]]:
+        """(pid, time) of each line of `events` about `what`."""
+        path = self.folder / "events"
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [(int(pid), float(at)) for name, pid, at in lines if name == what]
+
+    def nth_event(self, what: str, count: int, timeout_s: float) -> tuple[int, float]:
+        wait_for(lambda: len(self.events(what)) >= count, timeout_s, lambda: f"{what} {count}: {self.log()}")
+        return self.events(what)[count - 1]
+
+    def ended(self, run_id: UUID, state: str = "Completed", timeout_s: float = 60) -> FlowRun:
+        def look() -> FlowRun | None:
+            run = self.run(run_id)
+            return run if run.state and run.state.is_final() else None
+
+        run = wait_for(look, timeout_s, lambda: f"{state} run, is {self.run(run_id).state}: {self.log()}")
+        assert run.state and run.state.name == state, f"{run.state}: {self.log()}"
+        return run
+
+    def let_go(self, name: str) -> None:
+        (self.folder / f"let-{name}-go").touch()
+
+    def log(self) -> str:
+        return tail(self.folder / "worker.log")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("toys")
+    with prefect_server(folder / "home") as server, web_hook() as (url, alerts):
+        deploy_toys(server, folder)
+        environment = {**server.environment, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+        alert = [sys.executable, "-m", "flows.alert"]
+        for given in (url + "/old", url):  # setting it up again moves the alert, it does not add one
+            with running([*alert, given], environment, folder / "alert.log") as process:
+                assert process.wait(60) == 0, tail(folder / "alert.log")
+
+        def supervisor() -> Any:
+            command = [sys.executable, "-m", "flows.sweep", "--pool", "local", "--", "--limit", "5"]
+            return running(command, environment, folder / "worker.log", cwd=folder)
+
+        with SyncPrefectClient(server.api_url) as client, supervisor():
+            yield Stage(server, folder, client, supervisor, alerts)
+
+
+def deploy_toys(server: PrefectServer, folder: Path) -> None:
+    """Deploys each toy as the repository's prefect.yaml deploys its own flows."""
+    (folder / "toys.py").write_text(TOYS)
+    ours = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
+    template = {**ours["deployments"][0], "name": "toy", "parameters": {}}
+    soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
+    schedules: dict[str, list[dict[str, object]]] = {
+        "crawl": [],
+        "retry": [],
+        "scheduled": [{"cron": "* * * * *", "timezone": "UTC", "active": True}],
+        "broken": [{"interval": 3600, "anchor_date": soon, "timezone": "UTC", "active": True}],
+    }
+    toys = [
+        {**template, "entrypoint": f"toys.{name}", "schedules": times} for name, times in schedules.items()
+    ]
+    (folder / "prefect.yaml").write_text(yaml.safe_dump({**ours, "deployments": toys}))
+    server.prefect("work-pool", "create", "local", "--type", "process", cwd=folder)
+    server.prefect("--no-prompt", "deploy", "--all", cwd=folder)
+
+
+class web_hook:  # noqa: N801
+    """A server on this machine that collects what is posted to `/`, as (url, messages)."""
+
+    def __enter__(self) -> tuple[str, list[dict[str, Any]]]:
+        messages: list[dict[str, Any]] = []
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                messages.append({"path": self.path, **json.loads(body)})
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}", messages
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def chain(engine: int) -> tuple[psutil.Process, psutil.Process, psutil.Process]:
+    """(worker, guard, engine) for the process in which a flow runs."""
+    process = psutil.Process(engine)
+    guard = process.parent()
+    assert guard and "flows.guard" in guard.cmdline()
+    worker = guard.parent()
+    assert worker and "worker" in worker.cmdline()
+    return worker, guard, process
+
+
+def assert_resumed(stage: Stage, run_id: UUID, name: str, *, run_count: int = 2) -> None:
+    """One run, the finished task cached and not done again, nothing left open, the concurrency slot free."""
+    stage.let_go(name)
+    run = stage.ended(run_id)
+    assert run.run_count == run_count
+    assert len(stage.events(f"quick-{name}")) == 1
+    assert len(stage.events(f"held-{name}")) == run_count
+    states = wait_for(lambda: closed_states(stage, run_id), 10, lambda: str(stage.task_runs(run_id)))
+    print(states)
+    limit = stage.client.read_global_concurrency_limit_by_name(f"deployment:{run.deployment_id}")
+    assert limit.active_slots == 0
+
+
+def closed_states(stage: Stage, run_id: UUID) -> list[str] | None:
+    states = [task_run.state for task_run in stage.task_runs(run_id)]
+    done = all(state and state.is_final() for state in states)
+    return sorted(state.name or "" for state in states if state) if done else None
+
+
+def test_task_that_fails_twice_succeeds_on_the_third_try(stage: Stage) -> None:
+    run_id = stage.start("retry")
+    stage.ended(run_id)
+    assert len(stage.events("flaky")) == 3
+    (task_run,) = wait_for(
+        lambda: [t for t in stage.task_runs(run_id) if t.run_count == 3], 10, "three tries"
+    )
+    assert task_run.state and task_run.state.is_completed()
+
+
+def test_killed_flow_process_resumes_in_the_same_run(stage: Stage) -> None:
+    run_id = stage.start("crawl", name="a")
+    engine, _ = stage.nth_event("held-a", 1, 60)
+    worker, guard, _ = chain(engine)
+    lease = stage.run(run_id).state.state_details.deployment_concurrency_lease_id
+    os.kill(engine, signal.SIGKILL)
+    killed = time.time()
+    _, resumed = stage.nth_event("held-a", 2, 15)
+    print(f"kill of the flow process -> body: {resumed - killed:.1f} s")
+    assert guard.is_running() and worker.is_running()
+    assert lease and stage.run(run_id).state.state_details.deployment_concurrency_lease_id == lease
+    assert_resumed(stage, run_id, "a")
+
+
+def test_cancel_after_a_restart_ends_cancelled(stage: Stage) -> None:
+    run_id = stage.start("crawl", name="b")
+    engine, _ = stage.nth_event("held-b", 1, 60)
+    os.kill(engine, signal.SIGKILL)
+    engine, _ = stage.nth_event("held-b", 2, 15)
+    stage.client.set_flow_run_state(run_id, Cancelling())
+    stage.ended(run_id, "Cancelled")
+    wait_for(lambda: not psutil.pid_exists(engine), 10, "no flow process")
+    assert not stage.alerts or "crawl" not in str(stage.alerts)
+
+
+def test_sweep_takes_up_what_was_killed_with_the_worker(stage: Stage) -> None:
+    run_id = stage.start("crawl", name="c")
+    engine, _ = stage.nth_event("held-c", 1, 60)
+    for process in chain(engine):
+        process.kill()
+    killed = time.time()
+    _, resumed = stage.nth_event("held-c", 2, 40)
+    print(f"kill of worker, guard and flow process -> body: {resumed - killed:.1f} s")
+    assert "sweep: took up run" in stage.log()
+    assert_resumed(stage, run_id, "c")
+
+
+def test_run_outlives_its_worker(stage: Stage) -> None:
+    run_id = stage.start("crawl", name="d")
+    engine, _ = stage.nth_event("held-d", 1, 60)
+    worker, guard, _ = chain(engine)
+    worker.kill()
+    killed = time.time()
+    _, resumed = stage.nth_event("held-d", 2, 40)
+    print(f"kill of the worker -> body: {resumed - killed:.1f} s")
+    assert not guard.is_running()
+    assert_resumed(stage, run_id, "d")
+
+
+def test_scheduled_run_starts_by_itself(stage: Stage) -> None:
+    stage.nth_event("tick", 1, 70)
+    scheduled = FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}})
+    runs = [run for run in stage.client.read_flow_runs(flow_run_filter=scheduled) if run.auto_scheduled]
+    assert runs
+
+
+def test_webhook_is_told_of_a_scheduled_run_that_failed(stage: Stage) -> None:
+    (alert,) = wait_for(lambda: stage.alerts, 70, lambda: f"an alert: {tail(stage.server.log)}")
+    print(alert)
+    assert alert["path"] == "/" and alert["scheduled"] is True and alert["state"] == "Failed"
+    assert 'ValueError: no "data" today\\' in alert["message"] and "ValueError" in alert["text"]
+    run = stage.run(UUID(alert["flow_run_id"]))
+    assert alert["flow_run"] == run.name
+    assert alert["url"] == f"{stage.server.ui_url}/runs/flow-run/{run.id}"
