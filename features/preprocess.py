@@ -5,6 +5,7 @@ B rows, F number features, C category features, M features that were missing som
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,19 @@ class Preprocess:
         for i, name in enumerate(self.numbers):
             numbers[:, i] = frame[name]
         codes = np.zeros((rows, len(self.categories)), np.int64)
-        for i, (name, lookup) in enumerate(zip(self.categories, self._lookups(), strict=True)):
+        for i, (name, lookup) in enumerate(zip(self.categories, self._lookups, strict=True)):
             codes[:, i] = [lookup.get(value, UNSEEN) for value in frame[name].tolist()]
         missing = np.isnan(numbers)
         scaled = (np.clip(numbers, self.low, self.high) - self.mean) / self.std
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
         return Batch(numbers, codes, scaled.astype(np.float32))
 
+    @cached_property
     def _lookups(self) -> list[dict[str, int]]:
-        found: list[dict[str, int]] | None = self.__dict__.get("_cache")
-        if found is None:
-            found = [{word: i + 1 for i, word in enumerate(words)} for words in self.vocabulary]
-            self.__dict__["_cache"] = found  # frozen: a derived table, not state
-        return found
+        return [{word: i + 1 for i, word in enumerate(words)} for words in self.vocabulary]
 
     def save(self, path: Path) -> None:
-        write_json(path, {k: v for k, v in asdict(self).items() if k != "_cache"})
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Preprocess":

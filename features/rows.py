@@ -79,6 +79,7 @@ def _labels(spec: Spec, tables: Mapping[str, pa.Table], name: pa.Array, as_of: i
     live = (codes >= 0) & ((v.known_from <= as_of) & (as_of < v.known_to) if spec.timed else True)
     label, known = np.full(len(name), -1, np.int8), np.full(len(name), NEVER)
     at = np.flatnonzero(live & there)
+    at = at[np.lexsort((v.fact[at], v.known_from[at]))]  # of several facts for a key the newest known stays
     label[codes[at]] = true[at]
     known[codes[at]] = v.known_from[at]
     return label, known

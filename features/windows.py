@@ -149,8 +149,9 @@ def _scaled(table: pa.Table, source: Source, name: str) -> tuple[np.ndarray, np.
 
 
 def resolution(source: Source, name: str) -> float:
-    """Smallest step of a column that window sums keep."""
-    return source.columns[name].resolution or 1.0
+    """Smallest step of a column that window sums keep: whole numbers, unless a float64 column declares another."""
+    column = source.columns[name]
+    return column.resolution or 1.0 if column.type == "float64" else 1.0
 
 
 def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-STEADY_S = 60  # a worker that lived this long is restarted at once
+STEADY_S = 10  # a worker that lived this long is restarted at once
 
 
 def sweep(pool: str) -> list[UUID]:
@@ -92,18 +92,17 @@ def close_task_runs(client: SyncPrefectClient, run_id: UUID) -> None:
 def supervise(pool: str, worker_arguments: Sequence[str], *, kill_after_s: float) -> int:
     """Sweeps and runs the worker, again and again, until SIGTERM or SIGINT; 0 when the worker has ended."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    delay = 1.0
-    while True:
-        if not sweep_when_reachable(pool):
-            return 0
+    delay = 0.0
+    while sweep_when_reachable(pool):
         began = time.monotonic()
         worker = start([*command, *worker_arguments], worker_environment())
         if attend(worker, kill_after_s):
-            return 0
-        delay = 1.0 if time.monotonic() - began > STEADY_S else min(delay * 2, 30)
+            break
+        delay = 0.0 if time.monotonic() - began > STEADY_S else min(max(1.0, delay * 2), 30.0)
         say(f"worker ended with {worker.returncode}; next one in {delay:.0f} s")
         if stop_requested(delay):
-            return 0
+            break
+    return 0
 
 
 def sweep_when_reachable(pool: str) -> bool:

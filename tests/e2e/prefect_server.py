@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 PR_SET_PDEATHSIG = 1
-QUIET = {
+SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLI_PROMPT": "false",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    # On disk: leases in memory are lost with the server, and with them the runs of limited deployments.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class PrefectServer:
         """The caller's without his Prefect settings: a developer's PREFECT_API_URL stays out."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.api_url, "TZ": "UTC"}
-        return {**inherited, **QUIET, **own, "PYTHONSAFEPATH": "1"}
+        return {**inherited, **SETTINGS, **own, "PYTHONSAFEPATH": "1"}
 
     @property
     def log(self) -> Path:
@@ -88,7 +89,7 @@ def running(
     cwd: Path | None = None,
     grace_s: float = 30,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is gone afterwards, killed after `grace_s` of SIGTERM, and that dies if the test does."""
+    """A process that is gone afterwards, killed `grace_s` after SIGTERM, and that dies if the test does."""
     libc = ctypes.CDLL(None)
     with log.open("ab") as sink:
         process = subprocess.Popen(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,16 +27,17 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.objects import FlowRun, TaskRun
-from prefect.states import Cancelling
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.states import Cancelling, Pending
 
 from tests.e2e.prefect_server import PrefectServer, prefect_server, running, tail, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 REPOSITORY = Path(__file__).parents[2]
+SWEEP = [sys.executable, "-m", "flows.sweep", "--pool", "local", "--", "--limit", "5"]
 TOYS = """
-import os, time
+import os, signal, time
 from pathlib import Path
 from prefect import flow, task
 
@@ -76,9 +79,40 @@ def scheduled():
     tick()
 
 @flow
+def lost():
+    tick()
+
+@flow
 def broken():
     raise ValueError('no "data" today\\\\')
+
+@flow
+def deadly():
+    note("deadly")
+    os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+@dataclass
+class Worker:
+    """`python -m flows.sweep` on the server, with the worker that it keeps."""
+
+    server: PrefectServer
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Worker:
+        self.stack = ExitStack()
+        environment = {**self.server.environment, "PREFECT_WORKER_QUERY_SECONDS": "2"}
+        self.process = self.stack.enter_context(running(SWEEP, environment, self.log, cwd=self.folder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "worker.log"
 
 
 @dataclass(frozen=True)
@@ -88,12 +122,13 @@ class Stage:
     server: PrefectServer
     folder: Path
     client: SyncPrefectClient
-    supervisor: Callable[[], Any]
+    worker: Worker
     alerts: list[dict[str, Any]]
 
-    def start(self, flow: str, **parameters: str) -> UUID:
+    def start(self, flow: str, *, state: State | None = None, **parameters: str) -> UUID:
         deployment = self.client.read_deployment_by_name(f"{flow}/toy")
-        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+        run = self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters, state=state)
+        return run.id
 
     def run(self, run_id: UUID) -> FlowRun:
         return self.client.read_flow_run(run_id)
@@ -121,49 +156,58 @@ class Stage:
         assert run.state and run.state.name == state, f"{run.state}: {self.log()}"
         return run
 
+    def alert(self, run_id: UUID) -> dict[str, Any] | None:
+        return next((alert for alert in self.alerts if alert["flow_run_id"] == str(run_id)), None)
+
     def let_go(self, name: str) -> None:
         (self.folder / f"let-{name}-go").touch()
 
     def log(self) -> str:
-        return tail(self.folder / "worker.log")
+        return tail(self.worker.log)
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("toys")
-    with prefect_server(folder / "home") as server, web_hook() as (url, alerts):
+    with (
+        prefect_server(folder / "home") as server,
+        SyncPrefectClient(server.api_url) as client,
+        web_hook() as (url, alerts),
+        Worker(server, folder) as worker,
+    ):
+        stage = Stage(server, folder, client, worker, alerts)
+        set_alert(server, folder, f"{url}/old")
         deploy_toys(server, folder)
-        environment = {**server.environment, "PREFECT_WORKER_QUERY_SECONDS": "2"}
-        alert = [sys.executable, "-m", "flows.alert"]
-        for given in (url + "/old", url):  # setting it up again moves the alert, it does not add one
-            with running([*alert, given], environment, folder / "alert.log") as process:
-                assert process.wait(60) == 0, tail(folder / "alert.log")
+        set_alert(server, folder, url)  # moves the alert, adds none
+        yield stage
 
-        def supervisor() -> Any:
-            command = [sys.executable, "-m", "flows.sweep", "--pool", "local", "--", "--limit", "5"]
-            return running(command, environment, folder / "worker.log", cwd=folder)
 
-        with SyncPrefectClient(server.api_url) as client, supervisor():
-            yield Stage(server, folder, client, supervisor, alerts)
+def set_alert(server: PrefectServer, folder: Path, url: str) -> None:
+    with running(
+        [sys.executable, "-m", "flows.alert", url], server.environment, folder / "alert.log"
+    ) as process:
+        assert process.wait(60) == 0, tail(folder / "alert.log")
 
 
 def deploy_toys(server: PrefectServer, folder: Path) -> None:
     """Deploys each toy as the repository's prefect.yaml deploys its own flows."""
     (folder / "toys.py").write_text(TOYS)
     ours = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
-    template = {**ours["deployments"][0], "name": "toy", "parameters": {}}
-    soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
-    schedules: dict[str, list[dict[str, object]]] = {
-        "crawl": [],
-        "retry": [],
-        "scheduled": [{"cron": "* * * * *", "timezone": "UTC", "active": True}],
-        "broken": [{"interval": 3600, "anchor_date": soon, "timezone": "UTC", "active": True}],
+    plain = {**ours["deployments"][0], "name": "toy", "parameters": {}, "schedules": []}
+    pool = plain["work_pool"]
+    one_restart = {**pool["job_variables"], "env": {**pool["job_variables"]["env"], "GUARD_RESTARTS": "1"}}
+    soon = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+    toys: dict[str, dict[str, object]] = {
+        "crawl": {},
+        "retry": {},
+        "scheduled": {"schedules": [{"cron": "* * * * *", "timezone": "UTC"}]},
+        "lost": {"concurrency_limit": None},
+        "broken": {"schedules": [{"interval": 3600, "anchor_date": soon, "timezone": "UTC"}]},
+        "deadly": {"work_pool": {**pool, "job_variables": one_restart}},
     }
-    toys = [
-        {**template, "entrypoint": f"toys.{name}", "schedules": times} for name, times in schedules.items()
-    ]
-    (folder / "prefect.yaml").write_text(yaml.safe_dump({**ours, "deployments": toys}))
-    server.prefect("work-pool", "create", "local", "--type", "process", cwd=folder)
+    deployments = [{**plain, "entrypoint": f"toys.{name}", **own} for name, own in toys.items()]
+    (folder / "prefect.yaml").write_text(yaml.safe_dump({**ours, "deployments": deployments}))
+    server.prefect("work-pool", "create", "local", "--type", "process", "--overwrite", cwd=folder)
     server.prefect("--no-prompt", "deploy", "--all", cwd=folder)
 
 
@@ -253,19 +297,20 @@ def test_cancel_after_a_restart_ends_cancelled(stage: Stage) -> None:
     stage.client.set_flow_run_state(run_id, Cancelling())
     stage.ended(run_id, "Cancelled")
     wait_for(lambda: not psutil.pid_exists(engine), 10, "no flow process")
-    assert not stage.alerts or "crawl" not in str(stage.alerts)
 
 
 def test_sweep_takes_up_what_was_killed_with_the_worker(stage: Stage) -> None:
     run_id = stage.start("crawl", name="c")
     engine, _ = stage.nth_event("held-c", 1, 60)
+    never_started = stage.start("lost", state=Pending())  # as if the worker had died while submitting it
     for process in chain(engine):
         process.kill()
     killed = time.time()
     _, resumed = stage.nth_event("held-c", 2, 40)
     print(f"kill of worker, guard and flow process -> body: {resumed - killed:.1f} s")
-    assert "sweep: took up run" in stage.log()
+    assert f"took up run {run_id}" in stage.log()
     assert_resumed(stage, run_id, "c")
+    stage.ended(never_started)
 
 
 def test_run_outlives_its_worker(stage: Stage) -> None:
@@ -280,18 +325,52 @@ def test_run_outlives_its_worker(stage: Stage) -> None:
     assert_resumed(stage, run_id, "d")
 
 
+def test_second_worker_of_the_pool_is_refused(stage: Stage) -> None:
+    done = subprocess.run(SWEEP, env=stage.server.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "already running on this host" in done.stderr
+
+
+def test_stopped_worker_hands_its_run_back(stage: Stage) -> None:
+    run_id = stage.start("crawl", name="e")
+    engine, _ = stage.nth_event("held-e", 1, 60)
+    processes = chain(engine)
+    began = time.time()
+    stage.worker.__exit__()
+    print(f"stop: {time.time() - began:.1f} s")
+    assert not any(process.is_running() for process in processes)
+    state = stage.run(run_id).state
+    assert state and state.name == "AwaitingRetry"
+    stage.worker.__enter__()
+    stage.nth_event("held-e", 2, 40)
+    assert_resumed(stage, run_id, "e")
+
+
 def test_scheduled_run_starts_by_itself(stage: Stage) -> None:
     stage.nth_event("tick", 1, 70)
-    scheduled = FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}})
-    runs = [run for run in stage.client.read_flow_runs(flow_run_filter=scheduled) if run.auto_scheduled]
-    assert runs
+    completed = FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}})
+    runs = wait_for(lambda: stage.client.read_flow_runs(flow_run_filter=completed), 20, "a completed run")
+    assert any(run.auto_scheduled for run in runs)
+
+
+def test_run_that_dies_again_and_again_crashes_and_the_webhook_is_told(stage: Stage) -> None:
+    run_id = stage.start("deadly")
+    run = stage.ended(run_id, "Crashed")
+    assert len(stage.events("deadly")) == 2
+    alert = wait_for(lambda: stage.alert(run_id), 20, lambda: f"an alert: {tail(stage.server.log)}")
+    assert alert["path"] == "/" and alert["state"] == "Crashed" and alert["scheduled"] is False
+    assert alert["flow_run"] == run.name and run.name in alert["text"]
+    assert alert["url"] == f"{stage.server.ui_url}/runs/flow-run/{run_id}"
 
 
 def test_webhook_is_told_of_a_scheduled_run_that_failed(stage: Stage) -> None:
-    (alert,) = wait_for(lambda: stage.alerts, 70, lambda: f"an alert: {tail(stage.server.log)}")
-    print(alert)
-    assert alert["path"] == "/" and alert["scheduled"] is True and alert["state"] == "Failed"
+    deployment = stage.client.read_deployment_by_name("broken/toy")
+    of_deployment = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment.id]}})
+    run_id = min(
+        stage.client.read_flow_runs(flow_run_filter=of_deployment), key=lambda r: r.expected_start_time
+    ).id
+    run = stage.ended(run_id, "Failed", 90)
+    alert = wait_for(lambda: stage.alert(run_id), 20, lambda: f"an alert: {tail(stage.server.log)}")
+    assert run.auto_scheduled and alert["scheduled"] is True and alert["state"] == "Failed"
     assert 'ValueError: no "data" today\\' in alert["message"] and "ValueError" in alert["text"]
-    run = stage.run(UUID(alert["flow_run_id"]))
-    assert alert["flow_run"] == run.name
-    assert alert["url"] == f"{stage.server.ui_url}/runs/flow-run/{run.id}"
+    told_of = [alert["flow_run_id"] for alert in stage.alerts]
+    assert len(told_of) == len(set(told_of)) == 2  # once each, and nothing of the runs that were resumed

@@ -1,0 +1,317 @@
+"""The served store: the steps that still matter, one packed row per key and view, read without Feast or pandas.
+
+`feed` keeps, for every key, the newest step not later than the anchor and all later ones, so the store answers for
+every instant from the anchor on, also when no event arrives. It is written in one transaction: readers see the old
+state or the new. It only goes forward.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.frame import assemble, is_missing
+from features.keys import request_key, text_key
+from features.windows import Columns, Stored, as_of, int_times, previous, stored_views
+from pipelines.clock import MISSING, NEVER, Anchor, iso
+from pipelines.errors import MillraceError
+from pipelines.spec import Sequence as Chain
+from pipelines.spec import Spec
+
+FORMAT = 1
+ROWS = "rows"  # the view that holds the rows source itself
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one view is packed: int64 `times`, then float64 `numbers`, then `words` as JSON."""
+
+    view: str
+    times: tuple[str, ...]
+    numbers: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype([(c, "<i8") for c in self.times] + [(c, "<f8") for c in self.numbers])
+
+
+def layouts(spec: Spec) -> dict[str, Layout]:
+    """The packing of every view of a spec, and of its rows."""
+    found = {s.name: _layout(s) for s in stored_views(spec)}
+    columns = spec.row_source.columns
+    times = tuple(c for c, column in columns.items() if column.type == "timestamp")
+    words = tuple(c for c, column in columns.items() if column.type == "string")
+    numbers = tuple(c for c in columns if c not in times and c not in words)
+    found[ROWS] = Layout(ROWS, ("live_from", "live_to", "closed_at", *times), numbers, words)
+    return found
+
+
+def _layout(stored: Stored) -> Layout:
+    first = ("order", "live_from", "live_to") if stored.kind == "sequence" else ("t", *stored.integers)
+    times = tuple(c for c, kind in stored.values if kind == "timestamp")
+    words = tuple(c for c, kind in stored.values if kind == "string")
+    numbers = tuple(c for c, kind in stored.values if kind not in ("timestamp", "string"))
+    return Layout(stored.name, (*first, *times), numbers, words)
+
+
+def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
+    """One packed value per key: its count, its fixed-width rows, and its words (start: K + 1)."""
+    rows = np.empty(table.num_rows, layout.dtype)
+    for name in layout.times:
+        column = table[name]
+        rows[name] = int_times(column) if pa.types.is_timestamp(column.type) else column.to_numpy()
+    for name in layout.numbers:
+        column = table[name].cast(pa.int64()) if pa.types.is_boolean(table[name].type) else table[name]
+        rows[name] = column.cast(pa.float64()).combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False)
+    words = [table[name].to_pylist() for name in layout.words]
+    for lo, hi in zip(start[:-1].tolist(), start[1:].tolist(), strict=True):
+        tail = json.dumps([column[lo:hi] for column in words]).encode() if words else b""
+        yield (hi - lo).to_bytes(4, "little") + rows[lo:hi].tobytes() + tail
+
+
+def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
+    """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
+    width, counts, bodies = layout.dtype.itemsize, [0], []
+    words: dict[str, list] = {name: [] for name in layout.words}
+    for blob in blobs:
+        n = int.from_bytes(blob[:4], "little")
+        counts.append(n)
+        bodies.append(blob[4 : 4 + n * width])
+        if layout.words and n:
+            for name, values in zip(layout.words, json.loads(blob[4 + n * width :]), strict=True):
+                words[name] += values
+    rows = np.frombuffer(b"".join(bodies), layout.dtype)
+    columns: Columns = {name: rows[name] for name in (*layout.times, *layout.numbers)}
+    for name, listed in words.items():
+        column = np.empty(len(listed), object)
+        column[:] = listed
+        columns[name] = column
+    return np.cumsum(counts), columns
+
+
+def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str) -> bool:
+    """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
+
+    False, and nothing written, where the store is already at this snapshot or beyond this time.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(store / "store.sqlite", timeout=60, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("CREATE TABLE IF NOT EXISTS cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID")
+        db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            held = dict(db.execute("SELECT name, value FROM meta").fetchall())
+            if held and (int(held["data_us"]), held["snapshot"] == snapshot) >= (anchor.data_us, True):
+                db.execute("ROLLBACK")
+                return False
+            if held and int(held["data_us"]) > anchor.data_us:
+                db.execute("ROLLBACK")
+                return False
+            db.execute("DELETE FROM cells")
+            for layout in layouts(spec).values():
+                keys, start, table = _kept(spec, features, layout, anchor.data_us)
+                cells = zip(keys, pack(layout, table, start), strict=True)
+                db.executemany("INSERT INTO cells VALUES (?, ?, ?)", ((layout.view, k, b) for k, b in cells))
+            meta = {"format": FORMAT, "data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot}
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in meta.items()])
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+    return True
+
+
+def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list[str], np.ndarray, pa.Table]:
+    """The rows of a view that are needed from the anchor on, by key."""
+    if layout.view == ROWS:
+        table = pq.read_table(features / "online_rows.parquet")
+        table = table.filter(pc.greater(table["live_to"], anchor))
+        return _by_key(table, "key")
+    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False)
+    if layout.times[0] == "order":
+        view = spec.features.views[layout.view].shape
+        assert isinstance(view, Chain)
+        near = pc.greater_equal(table["order"], anchor - 2 * view.within)
+        return _by_key(table.filter(pc.and_(near, pc.greater(table["live_to"], anchor))), "chain")
+    t = table["t"].to_numpy()
+    later = t > anchor
+    keys = table["key"].combine_chunks()
+    last = np.append(pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False).astype(bool), True)[: len(t)]
+    followed = np.append(later[1:], False)[: len(t)]
+    current = ~later & (last | followed)
+    return _by_key(table.filter(pa.array(later | current)), "key")
+
+
+def _by_key(table: pa.Table, column: str) -> tuple[list[str], np.ndarray, pa.Table]:
+    if not table.num_rows:
+        return [], np.zeros(1, np.int64), table
+    encoded = pc.run_end_encode(pa.concat_arrays(table[column].chunks))
+    start = np.concatenate([[0], encoded.run_ends.to_numpy()]).astype(np.int64)
+    return encoded.values.to_pylist(), start, table
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the store knows about R requested rows at one instant.
+
+    `own`: row columns after request fields stood in; `raw` as `frame.assemble` takes it; `unknown` (R): no stored row;
+    `closed_at` (R) µs or NEVER; `events`: view → event time (R) of latest views, MISSING where none.
+    """
+
+    own: Columns
+    raw: dict[str, dict[str, Columns]]
+    unknown: np.ndarray
+    closed_at: np.ndarray
+    events: dict[str, np.ndarray]
+
+
+class OnlineStore:
+    """A reader of the served store of one spec. One per process; not shared between threads."""
+
+    def __init__(self, spec: Spec, store: Path) -> None:
+        path = store / "store.sqlite"
+        if not path.exists():
+            raise MillraceError(f"the served store {path} is not there: run `millrace run {spec.pipeline}` to feed it")
+        self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
+        self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
+        if self.meta()["format"] != str(FORMAT):
+            raise MillraceError(f"the served store {path} has another format: run `millrace run {spec.pipeline}`")
+
+    def meta(self) -> dict[str, str]:
+        """What the last feed wrote about itself."""
+        return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
+
+    def anchor(self) -> Anchor:
+        """The pair of data and wall time of the last feed."""
+        meta = self.meta()
+        return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
+
+    def read(self, view: str, keys: Sequence[str | None]) -> tuple[np.ndarray, Columns, np.ndarray]:
+        """Rows of the distinct keys, where each begins, and the position of each asked key among them (−1: none)."""
+        distinct = sorted({k for k in keys if k is not None})
+        marks = ",".join("?" * len(distinct))
+        query = f"SELECT key, packed FROM cells WHERE view = ? AND key IN ({marks})"
+        found = dict(self.db.execute(query, (view, *distinct)).fetchall()) if distinct else {}
+        start, columns = unpack(self.layouts[view], list(found.values()))
+        place = {key: i for i, key in enumerate(found)}
+        return start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
+
+    def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
+        """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
+        self.db.execute("BEGIN")  # one snapshot of the store for all reads of a request
+        try:
+            own, unknown, closed = self._rows(requests, now)
+            t = np.full(len(requests), now)
+            raw, events = self._views(own, t)
+        finally:
+            self.db.execute("ROLLBACK")
+        return Looked(own, raw, unknown, closed, events)
+
+    def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
+        start, columns, at = self.read(ROWS, [request_key(r, self.spec.row_key) for r in requests])
+        found = as_of(start, columns["live_from"], at, np.full(len(requests), now))
+        safe, there = np.maximum(found, 0), found >= 0
+        own: Columns = {}
+        for name, column in self.spec.row_source.columns.items():
+            asked = np.array([r.get(name) for r in requests], object)
+            own[name] = _column(column.type, columns[name][safe] if len(columns[name]) else None, there, asked)
+        closed = np.where(there, columns["closed_at"][safe], NEVER) if there.any() else np.full(len(requests), NEVER)
+        return own, ~there, closed
+
+    def _views(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
+        raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
+        events, keys = {}, {}
+        for stored in self.stored:
+            if stored.key not in keys:
+                keys[stored.key] = own_keys(own, stored.key, len(t))
+            start, columns, at = self.read(stored.name, keys[stored.key])
+            shape = self.spec.features.views[stored.view].shape
+            if isinstance(shape, Chain):
+                found = previous(start, columns["order"], columns["live_from"], columns["live_to"], at, t,
+                                 own[shape.order], shape.within)  # fmt: skip
+            else:
+                found = as_of(start, columns["t"], at, t)
+            there, safe = found >= 0, np.maximum(found, 0)
+            picked: Columns = {}
+            for name in stored.integers:
+                none = MISSING if name in ("event", "order") else 0
+                picked[name] = np.where(there, columns[name][safe], none) if there.any() else np.full(len(t), none)
+            for name, kind in stored.values:
+                picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
+            raw[stored.view][stored.name] = picked
+            if stored.kind == "steps" and "event" in picked:
+                events[stored.view] = picked["event"]
+        return raw, events
+
+
+def own_keys(own: Columns, key: Sequence[str], rows: int) -> list[str | None]:
+    """Text keys of rows given as frame columns; integers that became floats are whole again."""
+    columns = []
+    for name in key:
+        values = own[name]
+        if values.dtype == object:
+            columns.append(values.tolist())
+        elif values.dtype.kind == "f":
+            columns.append([None if np.isnan(v) else int(v) for v in values])
+        else:
+            columns.append([None if v == MISSING else int(v) for v in values])
+    return [text_key([column[i] for column in columns]) for i in range(rows)]
+
+
+def _column(kind: str, stored: np.ndarray | None, there: np.ndarray, asked: np.ndarray | None) -> np.ndarray:
+    """A frame column: the stored value where there is one, else the asked value, else missing."""
+    rows = len(there)
+    if kind == "string":
+        values = np.full(rows, None, object)
+    elif kind == "timestamp":
+        values = np.full(rows, MISSING)
+    else:
+        values = np.full(rows, np.nan)
+    if asked is not None:
+        given = ~there & np.array([v is not None for v in asked], bool)
+        if given.any():
+            values[given] = [v if kind == "string" else int(v) if kind == "timestamp" else float(v) for v in asked[given]]
+    if stored is not None:
+        values[there] = stored[there]
+    return values
+
+
+@dataclass(frozen=True)
+class Served:
+    """Features of R requested rows at `now` (µs), with what a caller should know about them."""
+
+    now: int
+    frame: Columns
+    looked: Looked
+
+    def missing(self, row: int) -> list[str]:
+        """Features without a value."""
+        return [name for name, values in self.frame.items() if is_missing(values[row : row + 1])[0]]
+
+    def stale(self, row: int, after: int | None) -> list[str]:
+        """Latest views whose newest fact is older than `after` (µs), or too old to count."""
+        if after is None:
+            return []
+        events = {name: int(e[row]) for name, e in self.looked.events.items()}
+        return [name for name, event in events.items() if event != MISSING and self.now - event > after]
+
+    def event_times(self, row: int) -> dict[str, str]:
+        """Event time of the newest fact of each latest view."""
+        return {n: iso(int(e[row])) for n, e in self.looked.events.items() if e[row] != MISSING}
+
+
+def serve_features(store: OnlineStore, requests: Sequence[Mapping[str, object]], now: int) -> Served:
+    """The frame of the requested rows at `now`: the same functions as in training, on what the store holds."""
+    looked = store.look_up(requests, now)
+    frame = assemble(store.spec, looked.own, looked.raw, np.full(len(requests), now))
+    return Served(now, frame, looked)
