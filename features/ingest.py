@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.keys import SEPARATOR, text_keys
-from pipelines.clock import iso, wall_us
+from pipelines.clock import iso, parse_time, wall_us
 from pipelines.errors import Refused, nearest
 from pipelines.home import Home
 from pipelines.manifest import digest_of, read_json, write_json
@@ -29,6 +29,7 @@ ARROW = {
     "bool": pa.bool_(),
     "timestamp": pa.timestamp("us", "UTC"),
 }
+YEARS_US = (parse_time("0001-01-01"), parse_time("9999-12-31"))  # the times that have a text
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     for name, path in found.items():
         stat = path.stat()
         entry = index.get(name)
-        if entry and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        source = spec.sources[name.split("/")[0]]
+        columns = _columns_digest(source, spec.timed)
+        read = entry is not None and entry.get("columns") == columns  # else the spec reads other columns now
+        if read and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             continue
         data = path.read_bytes()
         sha = hashlib.sha256(data).hexdigest()
@@ -66,16 +70,16 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
                 f"landing file {name} was changed after it was read; landing is append-only: "
                 "put the old file back and land the correction as a new file"
             )
-        if entry:
+        if read:
             index[name] = {**entry, "mtime_ns": stat.st_mtime_ns}
             continue
-        source = name.split("/")[0]
-        table = _read_file(name, data, spec.sources[source], spec.timed)
+        table = _read_file(name, data, source, spec.timed)
         index[name] = {
             "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
-            "arrival_us": wall_us(), "object": _store(table, home),
+            "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home),
+            "columns": columns,
         }  # fmt: skip
-        new += 1
+        new += not entry
     snapshot = _publish(spec, home, index, new)
     write_json(index_path, {"files": index})
     return snapshot
@@ -113,7 +117,8 @@ def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Tabl
     body = read_json(home.root / snapshot.path)
     table = _merge(spec, name, home, body["objects"][name])[0]
     if body["until_us"] is not None:
-        table = table.filter(pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"]))
+        known = pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"])
+        table = table.filter(pc.fill_null(known, True))  # a fact without known-at stays, for the contract to refuse
     return table
 
 
@@ -135,12 +140,12 @@ def _read_file(name: str, data: bytes, source: Source, timed: bool) -> pa.Table:
         raise Refused(f"landing file {name} is not Parquet (it begins with {data[:4]!r}): write it as Parquet")
     try:
         table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowInvalid, OSError) as error:
+        known = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Refused(f"landing file {name} cannot be read, it may be cut short: {str(error)[:200]}") from None
     columns = {}
     for column, declared in sorted(source.columns.items()):
-        if column not in table.column_names:
-            known = table.column_names
+        if column not in known:
             raise Refused(
                 f"landing file {name}: column {column!r} is missing "
                 f"(columns: {', '.join(known)}{nearest(column, known)})"
@@ -158,7 +163,7 @@ def _typed(where: str, column: pa.ChunkedArray, declared: str) -> pa.Array:
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
     ok = {
-        "string": pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        "string": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
         "int64": pa.types.is_integer(kind),
         "float64": pa.types.is_floating(kind) or pa.types.is_integer(kind),
         "bool": pa.types.is_boolean(kind),
@@ -174,6 +179,10 @@ def _typed(where: str, column: pa.ChunkedArray, declared: str) -> pa.Array:
         array.validate(full=True)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise Refused(f"{where} does not fit {declared}: {str(error)[:200]}") from None
+    if declared == "timestamp":
+        us = pc.min_max(array.cast(pa.int64())).as_py()
+        if us["min"] is not None and not YEARS_US[0] <= us["min"] <= us["max"] < YEARS_US[1]:
+            raise Refused(f"{where} holds times outside the years 1 to 9999: were they written in another unit?")
     return array
 
 
@@ -243,10 +252,7 @@ def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.T
     twice = again.fill_null(False).to_numpy(zero_copy_only=False)
     equal = twice.copy()
     for column in set(table.column_names) - {*source.key, KNOWN}:
-        array = table[column].combine_chunks()
-        both_null = pc.and_(array.is_null()[1:], array.is_null()[:-1])
-        same = pc.or_(pc.fill_null(_same(array), False), both_null)
-        equal &= same.to_numpy(zero_copy_only=False)
+        equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
     if (clash := twice & ~equal).any():
         at = int(np.flatnonzero(clash)[0])
         row = {k: str(table[k][at]) for k in source.key}
@@ -262,6 +268,17 @@ def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.T
 
 def _same(array: pa.Array) -> pa.Array:
     return pc.equal(array[1:], array[:-1])
+
+
+def _unchanged(array: pa.Array) -> pa.Array:
+    """Whether each value is the one before: null is null here, and NaN is NaN."""
+    same = pc.fill_null(_same(array), False)
+    missing = [array.is_null()]
+    if pa.types.is_floating(array.type):
+        missing.append(pc.fill_null(pc.is_nan(array), False))
+    for mask in missing:
+        same = pc.or_(same, pc.and_(mask[1:], mask[:-1]))
+    return same
 
 
 def _known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
@@ -312,6 +329,12 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
     return Snapshot(
         spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates, new
     )
+
+
+def _columns_digest(source: Source, timed: bool) -> str:
+    """Names what is read from a file of this source, and how."""
+    digested = source.key == ("row_digest",) and not timed
+    return digest_of([{c: column.type for c, column in source.columns.items()}, digested])
 
 
 def _source_digest(spec: Spec) -> str:

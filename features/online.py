@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
 from features.windows import Columns, Stored, as_of, int_times, previous, stored_views
-from pipelines.clock import MISSING, NEVER, Anchor, iso
+from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.spec import Sequence as Chain
 from pipelines.spec import Spec
 
 FORMAT = 1
 ROWS = "rows"  # the view that holds the rows source itself
+RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list
     if layout.times[0] == "order":
         view = spec.features.views[layout.view].shape
         assert isinstance(view, Chain)
-        near = pc.greater_equal(table["order"], anchor - 2 * view.within)
+        near = pc.greater_equal(table["order"], anchor - RECENT - view.within)
         return _by_key(table.filter(pc.and_(near, pc.greater(table["live_to"], anchor))), "chain")
     t = table["t"].to_numpy()
     later = t > anchor
@@ -233,7 +234,7 @@ class OnlineStore:
         events, keys = {}, {}
         for stored in self.stored:
             if stored.key not in keys:
-                keys[stored.key] = own_keys(own, stored.key, len(t))
+                keys[stored.key] = own_keys(self.spec, own, stored.key, len(t))
             start, columns, at = self.read(stored.name, keys[stored.key])
             shape = self.spec.features.views[stored.view].shape
             if isinstance(shape, Chain):
@@ -254,17 +255,13 @@ class OnlineStore:
         return raw, events
 
 
-def own_keys(own: Columns, key: Sequence[str], rows: int) -> list[str | None]:
-    """Text keys of rows given as frame columns; integers that became floats are whole again."""
+def own_keys(spec: Spec, own: Columns, key: Sequence[str], rows: int) -> list[str | None]:
+    """Text keys of rows given as frame columns: integers and truths that became floats are themselves again."""
     columns = []
     for name in key:
-        values = own[name]
-        if values.dtype == object:
-            columns.append(values.tolist())
-        elif values.dtype.kind == "f":
-            columns.append([None if np.isnan(v) else int(v) for v in values])
-        else:
-            columns.append([None if v == MISSING else int(v) for v in values])
+        kind = {"bool": bool, "string": str}.get(spec.row_source.columns[name].type, int)
+        missing = is_missing(own[name]).tolist()
+        columns.append([None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)])
     return [text_key([column[i] for column in columns]) for i in range(rows)]
 
 

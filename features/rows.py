@@ -120,6 +120,11 @@ def split_bounds(spec: Spec, as_of: int) -> list[tuple[int, int, int]]:
     return bounds[::-1]
 
 
+def seen_until(spec: Spec, as_of: int) -> int:
+    """Label cut of train and validation: later rows are new to the model. MISSING without time."""
+    return split_bounds(spec, as_of)[2][2] if spec.timed else MISSING
+
+
 def hash_parts(split: HashSplit, seed: int, name: pa.Array) -> np.ndarray:
     """Part of each key by a seeded hash: equal keys fall into one part (N)."""
     edges = np.cumsum([split.train, split.valid_fit, split.valid_select])

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from features.frame import as_array, assemble, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import key_arrays, text_keys
+from features.online import RECENT
 from features.windows import Columns, Stored, build_view, first_known, int_times, stored_views, versions
-from pipelines.clock import DAY_US, MISSING
+from pipelines.clock import MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json
@@ -30,8 +31,6 @@ from pipelines.spec import Sequence, Spec, TimeSplit
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-RECENT = 7 * DAY_US  # how far back the served store still knows a row
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) 
     keep = pc.is_valid(names)
     if spec.predict_at is not None:
         due = int_times(v.table[spec.predict_at.column])
-        keep = pc.and_(keep, pa.array(due >= snapshot.watermark_us - RECENT))
+        keep = pc.and_(keep, pa.array((due >= snapshot.watermark_us - RECENT) | (due == MISSING)))
     table = table.filter(keep)
     return table.take(pc.sort_indices(table, [("key", "ascending"), ("live_from", "ascending")])).combine_chunks()
 

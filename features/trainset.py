@@ -15,7 +15,7 @@ from features.rows import PARTS, Rows, prediction_rows
 from features.store import FeatureSet, historical_features
 from features.windows import Columns
 from pipelines.home import Home
-from pipelines.manifest import read_json, write_json
+from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Calendar, Spec
 
 
@@ -38,7 +38,7 @@ class TrainingSet:
         return np.flatnonzero(self.part == PARTS.index(part))
 
 
-def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: FeatureSet, as_of: int, out: Path) -> None:
+def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: FeatureSet, as_of: int, out: Path) -> Note:
     """Writes `frame.parquet`, `preprocess.json` and `counts.json` into `out`."""
     needed = {spec.rows.source, spec.label.source, *spec.closed_by}
     tables = {name: read_table(spec, home, snapshot, name) for name in needed}
@@ -58,7 +58,13 @@ def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: Fea
     columns |= {f"_slice_{name}": pa.array(v, pa.string()) for name, v in _slices(spec, table).items()}
     pq.write_table(pa.table(columns), out / "frame.parquet", compression="zstd", compression_level=1)
     pq.write_table(table, out / "rows.parquet", compression="zstd", compression_level=1)
-    write_json(out / "counts.json", {"counts": rows.counts, "reader": _balance(rows)})
+    write_json(out / "counts.json", {"counts": rows.counts, "positive_share": _balance(rows)})
+    counted = " · ".join(f"{p} {rows.counts[p]:,}" for p in PARTS)
+    write_page(out / "page.md", f"{spec.pipeline}: training set", [
+        ("Rows", [(n.replace("_", " "), f"{c:,}") for n, c in rows.counts.items()]),
+        ("Share of positive labels", [(p, f"{s:.1%}") for p, s in _balance(rows).items()]),
+    ])  # fmt: skip
+    return Note(f"{counted}; {len(frame)} features, {rows.counts['unlabelled']:,} rows without a label")
 
 
 def _balance(rows: Rows) -> dict[str, float]:

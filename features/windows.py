@@ -409,9 +409,10 @@ def stored_views(spec: Spec) -> list[Stored]:
                 title = f"{name}_{duration_text(length)}"
                 found.append(Stored(title, name, "steps", shape.key, ("due", "open", "open_over"), (), length))
         elif isinstance(shape, Latest):
-            typed = tuple((c, source.columns[c].type) for c in shape.columns)
-            found.append(Stored(name, name, "steps", shape.key, ("event",), typed))
             change = shape.change
+            both = dict.fromkeys((*shape.columns, *(change.columns if change else ())))
+            typed = tuple((c, source.columns[c].type) for c in both)
+            found.append(Stored(name, name, "steps", shape.key, ("event",), typed))
             for ago in change.over if change else ():
                 assert change is not None
                 title = f"{name}_ago_{duration_text(ago)}"

@@ -12,6 +12,8 @@ import sys
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import httpx
+
 if TYPE_CHECKING:
     from prefect.automations import AutomationCore
 
@@ -76,16 +78,20 @@ def failure_alert(webhook: UUID) -> AutomationCore:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.alert", description="Alert a webhook of failed runs."
-    )
-    parser.add_argument(
-        "url", nargs="?", default=os.environ.get("MILLRACE_WEBHOOK_URL"), help="where to POST"
-    )
-    url = parser.parse_args().url
+    from prefect.settings import get_current_settings
+
+    parser = argparse.ArgumentParser(prog="python -m flows.alert", description="Alert a webhook of failed runs.")
+    parser.add_argument("url", nargs="?", default=os.environ.get("MILLRACE_WEBHOOK_URL"), help="where to POST")
+    url, api = parser.parse_args().url, get_current_settings().api.url
     if not url:
         parser.error("no address: give the URL, or set MILLRACE_WEBHOOK_URL")
-    install(url)
+    if not api:
+        parser.error("no Prefect server: set PREFECT_API_URL, e.g. http://127.0.0.1:4200/api")
+    try:
+        install(url)
+    except httpx.HTTPError as error:
+        print(f"Prefect server at {api} does not answer ({error!r}): start it first", file=sys.stderr)
+        return 1
     print(f"failed runs of deployments tagged {TAG!r} are now posted to the Webhook block {NAME!r}")
     return 0
 

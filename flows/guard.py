@@ -25,6 +25,7 @@ from typing import Any
 
 RUN_ID_VARIABLE = "PREFECT__FLOW_RUN_ID"
 UNFINISHED = ["PENDING", "RUNNING", "SCHEDULED"]
+AWAY = (OSError, http.client.HTTPException)
 WAKE_UPS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
@@ -43,7 +44,7 @@ class Api:
             headers["Authorization"] = f"Bearer {key}"
         elif password := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = "Basic " + base64.b64encode(password.encode()).decode()
-        return cls(os.environ["PREFECT_API_URL"].rstrip("/"), headers)
+        return cls(required("PREFECT_API_URL").rstrip("/"), headers)
 
     def call(self, method: str, path: str, body: object = None, *, patience_s: float = 600) -> Any:
         """The decoded answer; raises when the server refuses, or stays away for `patience_s`."""
@@ -54,7 +55,7 @@ class Api:
             try:
                 with urllib.request.urlopen(request, timeout=10) as answer:
                     return json.load(answer)
-            except (OSError, http.client.HTTPException) as error:
+            except AWAY as error:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if refused or time.monotonic() > give_up:
                     raise
@@ -67,35 +68,35 @@ class Guard:
 
     api: Api
     run_id: str
-    restarts: int = 3
+    restarts: int
     parent: int = field(default_factory=os.getppid)
     cancelled: bool = False
     given_back: bool = False
 
     def run(self) -> int:
         """The exit code for the worker; by then the flow run is finished or handed back."""
-        started = ""
-        for attempt in range(self.restarts + 1):
+        attempt, restarted_at = 0, ""
+        while True:
             code = self.attend(start(engine_command(), engine_environment(first=attempt == 0)), attempt)
             if self.given_back:
                 self.give_back()
                 return 0
             if code >= 0:
-                if started:
-                    self.close_task_runs("left behind by a killed process", started_before=started)
+                if restarted_at:
+                    self.close_task_runs("left by a killed process", started_before=restarted_at)
                 return code
             state = self.state()
             if state["type"] == "CANCELLING":
                 self.close_task_runs("cancelled")
                 self.set_state({"type": "CANCELLED", "name": "Cancelled", "message": "cancelled"})
                 return 0
-            if state["type"] not in ("PENDING", "RUNNING") or attempt == self.restarts:
+            if state["type"] not in ("PENDING", "RUNNING") or attempt >= self.restarts:
                 say(f"flow process died by signal {-code}, run is {state['name']}, not restarted")
                 return 128 - code
             time.sleep(2 * attempt)
-            started = datetime.now(UTC).isoformat()
-            self.reopen(state, f"process died by signal {-code}; restart {attempt + 1} of {self.restarts}")
-        raise AssertionError("unreachable")
+            attempt += 1
+            restarted_at = datetime.now(UTC).isoformat()
+            self.reopen(state, f"process died by signal {-code}; restart {attempt} of {self.restarts}")
 
     def attend(self, engine: subprocess.Popen[bytes], attempt: int) -> int:
         """The engine's exit code, negative for a signal; by then nothing of its process group is left."""
@@ -116,7 +117,7 @@ class Guard:
             return
         try:
             self.cancelled = self.state(patience_s=5)["type"] == "CANCELLING"
-        except OSError:
+        except AWAY:
             say("server not reachable while stopping; the next sweep takes the run up")
         if self.cancelled and attempt == 0:
             engine.terminate()  # told of the cancellation by the worker, it runs the flow's hooks
@@ -128,13 +129,14 @@ class Guard:
     def give_back(self) -> None:
         """The worker is stopping or gone: the pool's next worker resumes the run, finished tasks cached."""
         message = "worker stopped; run handed back"
-        with suppress(OSError):
+        # A worker with --limit that looks ahead, and meets a run that it still holds, dies of it.
+        wait = timedelta(seconds=15 if os.getppid() == self.parent else 0)
+        with suppress(*AWAY):
             if self.state(patience_s=5)["type"] in ("PENDING", "RUNNING"):
                 self.close_task_runs(message, patience_s=5)
-                # Later than this process: a worker with --limit dies if it meets a run that it still holds.
-                due = (datetime.now(UTC) + timedelta(seconds=3)).isoformat()
-                state: dict[str, object] = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message}
-                self.set_state({**state, "state_details": {"scheduled_time": due}}, patience_s=5)
+                details = {"scheduled_time": (datetime.now(UTC) + wait).isoformat()}
+                retry: dict[str, object] = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message}
+                self.set_state({**retry, "state_details": details}, patience_s=5)
 
     def reopen(self, state: Mapping[str, Any], message: str) -> None:
         """Sets the run back to Pending: from Scheduled a worker would start a second process for it."""
@@ -145,9 +147,7 @@ class Guard:
         details = {"deployment_concurrency_lease_id": lease}
         self.set_state({"type": "PENDING", "name": "Pending", "message": message, "state_details": details})
 
-    def close_task_runs(
-        self, message: str, *, started_before: str | None = None, patience_s: float = 600
-    ) -> None:
+    def close_task_runs(self, message: str, *, started_before: str | None = None, patience_s: float = 600) -> None:
         """Ends as Crashed what the dead process had begun; the UI would show it running for good."""
         wanted: dict[str, object] = {"state": {"type": {"any_": UNFINISHED}}}
         if started_before:
@@ -200,13 +200,23 @@ def say(message: str) -> None:
         print(f"guard: {message}", file=sys.stderr, flush=True)
 
 
+def required(variable: str) -> str:
+    if value := os.environ.get(variable):
+        return value
+    raise SystemExit(f"guard: {variable} is not set; a Prefect worker starts this, see prefect.yaml")
+
+
+def restart_limit() -> int:
+    value = os.environ.get("GUARD_RESTARTS", "3")
+    if value.isdecimal():
+        return int(value)
+    raise SystemExit(f"guard: GUARD_RESTARTS is {value!r}; a whole number was expected")
+
+
 def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKE_UPS)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)  # sent when the worker dies
-    guard = Guard(Api.from_environment(), os.environ[RUN_ID_VARIABLE])
-    if limit := os.environ.get("GUARD_RESTARTS"):
-        guard.restarts = int(limit)
-    return guard.run()
+    return Guard(Api.from_environment(), required(RUN_ID_VARIABLE), restart_limit()).run()
 
 
 if __name__ == "__main__":

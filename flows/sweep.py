@@ -26,6 +26,7 @@ from flows.guard import RUN_ID_VARIABLE, UNFINISHED, WAKE_UPS, start
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import Settings
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 STEADY_S = 10  # a worker that lived this long is restarted at once
@@ -39,6 +40,7 @@ def sweep(pool: str) -> list[UUID]:
 
     begun = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}})
     of_pool = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
+    time.sleep(0.3)  # what dies with its parent may still be dying
     with get_client(sync_client=True) as client:
         alive = attended_runs()  # before the states: a run that completes in between must not count as dead
         runs = client.read_flow_runs(flow_run_filter=begun, work_pool_filter=of_pool)
@@ -74,8 +76,15 @@ def kill_leftovers(run_id: UUID) -> None:
     """Ends what a dead flow process left running; services in a session of their own stay."""
     for process, owner in flow_processes():
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if owner == run_id and not psutil.pid_exists(os.getsid(process.pid)):
+            if owner == run_id and is_gone(os.getsid(process.pid)):
                 process.kill()
+
+
+def is_gone(pid: int) -> bool:
+    """True for a zombie too: a container's first process may not bury what it inherits."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return True
 
 
 def close_task_runs(client: SyncPrefectClient, run_id: UUID) -> None:
@@ -96,11 +105,13 @@ def supervise(pool: str, worker_arguments: Sequence[str], *, kill_after_s: float
     while sweep_when_reachable(pool):
         began = time.monotonic()
         worker = start([*command, *worker_arguments], worker_environment())
-        if attend(worker, kill_after_s):
-            break
-        delay = 0.0 if time.monotonic() - began > STEADY_S else min(max(1.0, delay * 2), 30.0)
-        say(f"worker ended with {worker.returncode}; next one in {delay:.0f} s")
-        if stop_requested(delay):
+        stopped = attend(worker, kill_after_s)
+        steady = time.monotonic() - began > STEADY_S
+        delay = 0.0 if steady or stopped else min(max(1.0, delay * 2), 30.0)
+        say(f"worker ended with {worker.returncode}" + ("" if stopped else f"; next one in {delay:.0f} s"))
+        if stopped or stop_requested(delay):
+            with suppress(httpx.HTTPError):
+                sweep(pool)  # an ending worker kills its flow processes, and their runs would look alive
             break
     return 0
 
@@ -147,13 +158,17 @@ def worker_environment() -> dict[str, str]:
 @contextmanager
 def only_one(pool: str) -> Iterator[None]:
     """Held while this host's worker of the pool runs; raises BlockingIOError if another holds it."""
-    from prefect.settings import get_current_settings
-
-    home = get_current_settings().home
+    home = prefect_settings().home
     home.mkdir(parents=True, exist_ok=True)
     with (home / f"worker-{pool}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def prefect_settings() -> Settings:
+    from prefect.settings import get_current_settings
+
+    return get_current_settings()
 
 
 def say(message: str) -> None:
@@ -161,13 +176,13 @@ def say(message: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.sweep", description="Keep one process worker running."
-    )
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description="Keep one process worker running.")
     parser.add_argument("--pool", default="local", help="work pool (default: %(default)s)")
     parser.add_argument("--kill-after", type=float, default=20, metavar="SECONDS", help="after SIGTERM")
     parser.add_argument("worker_arguments", nargs="*", help="after --, for `prefect worker start`")
     options = parser.parse_args()
+    if not prefect_settings().api.url:
+        parser.error("no Prefect server: set PREFECT_API_URL, e.g. http://127.0.0.1:4200/api")
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKE_UPS)
     try:
         with only_one(options.pool):

@@ -88,6 +88,7 @@ def process_env(home: Home) -> dict[str, str]:
         "TZ": "UTC",
         "PYTHONSAFEPATH": "1",
         "PREFECT_HOME": str(root / "prefect"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(root / "prefect" / "storage"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "WARNING"),

@@ -78,6 +78,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def write_page(path: Path, title: str, sections: list[tuple[str, list[tuple[str, ...]]]]) -> None:
+    """A Markdown page of tables, for the Prefect UI; the first row of a wide table is its head."""
+    lines = [f"# {title}"]
+    for heading, rows in sections:
+        lines += ["", f"## {heading}", ""]
+        head, body = (rows[0], rows[1:]) if rows and len(rows[0]) > 2 else (("", ""), rows)
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises MillraceError for another format version or a broken file."""
     try:
@@ -116,15 +127,24 @@ def lock(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Reference to what a stage left: home-relative folder, and the digest of its files."""
+    """Reference to what a stage left: home-relative folder, the digest of its files, and a line about it.
+
+    `ok` is false where the stage came to a no, such as a verdict.
+    """
 
     stage: str
     path: str
     digest: str
+    line: str = ""
+    ok: bool = True
 
 
-def _folder_digest(files: dict[str, str]) -> str:
-    return digest_of(files)
+@dataclass(frozen=True)
+class Note:
+    """What a stage says of itself when it is done. It holds no time, so that it may be digested."""
+
+    line: str
+    ok: bool = True
 
 
 def find_artifact(home: Path, stage: str, key: str) -> Artifact | None:
@@ -134,15 +154,24 @@ def find_artifact(home: Path, stage: str, key: str) -> Artifact | None:
     if not folder.exists():
         return None
     if done.is_file():
-        files = read_json(done)["files"]
+        body = read_json(done)
+        files = body["files"]
         if all((folder / f).is_file() and file_digest(folder / f) == d for f, d in files.items()):
-            return Artifact(stage, folder.relative_to(home).as_posix(), _folder_digest(files))
+            return _artifact(home, folder, body)
     shutil.rmtree(folder)
     return None
 
 
-def make_artifact(home: Path, stage: str, key: str, build: Callable[[Path], None]) -> Artifact:
-    """The output of a stage: found, or built in a scratch folder that takes its name when it is whole."""
+def _artifact(home: Path, folder: Path, done: dict[str, Any]) -> Artifact:
+    path = folder.relative_to(home).as_posix()
+    return Artifact(done["stage"], path, digest_of(done["files"]), done["line"], done["ok"])
+
+
+def make_artifact(home: Path, stage: str, key: str, build: Callable[[Path], Note]) -> Artifact:
+    """The output of a stage: found, or built in a scratch folder that takes its name when it is whole.
+
+    Files under `volatile/` (times, logs) are kept, and lie outside its digest.
+    """
     found = find_artifact(home, stage, key)
     if found is not None:
         return found
@@ -151,13 +180,13 @@ def make_artifact(home: Path, stage: str, key: str, build: Callable[[Path], None
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        build(scratch)
-        files = {
-            p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()
-        }
-        write_json(scratch / "done.json", {"stage": stage, "key": key, "files": files})
+        note = build(scratch)
+        kept = [p for p in sorted(scratch.rglob("*")) if p.is_file() and scratch / "volatile" not in p.parents]
+        files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in kept}
+        done = {"stage": stage, "key": key, "files": files, "line": note.line, "ok": note.ok}
+        write_json(scratch / "done.json", done)
         scratch.replace(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return Artifact(stage, folder.relative_to(home).as_posix(), _folder_digest(files))
+    return _artifact(home, folder, done)

@@ -113,9 +113,7 @@ def running(
         process.wait(10)
 
 
-def wait_for(
-    look: Callable[[], T], timeout_s: float, wanted: str | Callable[[], str], *, pause_s: float = 0.1
-) -> T:
+def wait_for(look: Callable[[], T], timeout_s: float, wanted: str | Callable[[], str], *, pause_s: float = 0.1) -> T:
     """The first true answer of `look`; fails the test, saying what was wanted, when there is none in time."""
     give_up = time.monotonic() + timeout_s
     while not (answer := look()):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling, Pending
 
 from tests.e2e.prefect_server import PrefectServer, prefect_server, running, tail, wait_for
@@ -40,6 +42,7 @@ TOYS = """
 import os, signal, time
 from pathlib import Path
 from prefect import flow, task
+from prefect.states import Failed
 
 def note(what):
     with open("events", "a") as events:
@@ -84,7 +87,7 @@ def lost():
 
 @flow
 def broken():
-    raise ValueError('no "data" today\\\\')
+    return Failed(name="Refused", message='no "data" today\\\\')
 
 @flow
 def deadly():
@@ -133,6 +136,13 @@ class Stage:
     def run(self, run_id: UUID) -> FlowRun:
         return self.client.read_flow_run(run_id)
 
+    def scheduled_runs(self, flow: str, deployment_name: str = "toy") -> list[FlowRun]:
+        """What the deployment's schedule has made, first due first."""
+        deployment = self.client.read_deployment_by_name(f"{flow}/{deployment_name}")
+        of_deployment = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment.id]}})
+        runs = self.client.read_flow_runs(flow_run_filter=of_deployment, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+        return [run for run in runs if run.auto_scheduled]
+
     def task_runs(self, run_id: UUID) -> list[TaskRun]:
         of_run = FlowRunFilter.model_validate({"id": {"any_": [run_id]}})
         return self.client.read_task_runs(flow_run_filter=of_run)
@@ -179,13 +189,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         set_alert(server, folder, f"{url}/old")
         deploy_toys(server, folder)
         set_alert(server, folder, url)  # moves the alert, adds none
+        schedule_long_ago(stage, "broken")
         yield stage
 
 
 def set_alert(server: PrefectServer, folder: Path, url: str) -> None:
-    with running(
-        [sys.executable, "-m", "flows.alert", url], server.environment, folder / "alert.log"
-    ) as process:
+    with running([sys.executable, "-m", "flows.alert", url], server.environment, folder / "alert.log") as process:
         assert process.wait(60) == 0, tail(folder / "alert.log")
 
 
@@ -209,6 +218,19 @@ def deploy_toys(server: PrefectServer, folder: Path) -> None:
     (folder / "prefect.yaml").write_text(yaml.safe_dump({**ours, "deployments": deployments}))
     server.prefect("work-pool", "create", "local", "--type", "process", "--overwrite", cwd=folder)
     server.prefect("--no-prompt", "deploy", "--all", cwd=folder)
+
+
+def schedule_long_ago(stage: Stage, flow: str) -> None:
+    """Makes a schedule's first run a day old, as it would be in daily use.
+
+    Prefect lets a state's event wait up to 15 minutes for that of the state before, if that is less than five
+    minutes old. A schedule's Scheduled is never an event, so an alert on such a run would be late.
+    """
+    run_id = wait_for(lambda: stage.scheduled_runs(flow), 30, "a scheduled run")[0].id
+    with closing(sqlite3.connect(stage.server.home / "prefect.db", timeout=30)) as database, database:
+        day_before = "strftime('%Y-%m-%d %H:%M:%f', timestamp, '-1 day')"
+        update = f"UPDATE flow_run_state SET timestamp = {day_before} WHERE flow_run_id = ?"
+        assert database.execute(update, [str(run_id)]).rowcount == 1
 
 
 class web_hook:  # noqa: N801
@@ -253,25 +275,22 @@ def assert_resumed(stage: Stage, run_id: UUID, name: str, *, run_count: int = 2)
     assert run.run_count == run_count
     assert len(stage.events(f"quick-{name}")) == 1
     assert len(stage.events(f"held-{name}")) == run_count
-    states = wait_for(lambda: closed_states(stage, run_id), 10, lambda: str(stage.task_runs(run_id)))
-    print(states)
+    wait_for(lambda: is_tidy(stage.task_runs(run_id)), 15, lambda: str(stage.task_runs(run_id)))
     limit = stage.client.read_global_concurrency_limit_by_name(f"deployment:{run.deployment_id}")
     assert limit.active_slots == 0
 
 
-def closed_states(stage: Stage, run_id: UUID) -> list[str] | None:
-    states = [task_run.state for task_run in stage.task_runs(run_id)]
-    done = all(state and state.is_final() for state in states)
-    return sorted(state.name or "" for state in states if state) if done else None
+def is_tidy(task_runs: list[TaskRun]) -> bool:
+    """All ended, as the UI shows them: the finished task's second run Cached, the killed one's Completed."""
+    names = [task_run.state.name for task_run in task_runs if task_run.state and task_run.state.is_final()]
+    return len(names) == len(task_runs) and "Cached" in names and "Completed" in names
 
 
 def test_task_that_fails_twice_succeeds_on_the_third_try(stage: Stage) -> None:
     run_id = stage.start("retry")
     stage.ended(run_id)
     assert len(stage.events("flaky")) == 3
-    (task_run,) = wait_for(
-        lambda: [t for t in stage.task_runs(run_id) if t.run_count == 3], 10, "three tries"
-    )
+    (task_run,) = wait_for(lambda: [t for t in stage.task_runs(run_id) if t.run_count == 3], 10, "three tries")
     assert task_run.state and task_run.state.is_completed()
 
 
@@ -337,7 +356,7 @@ def test_stopped_worker_hands_its_run_back(stage: Stage) -> None:
     began = time.time()
     stage.worker.__exit__()
     print(f"stop: {time.time() - began:.1f} s")
-    assert not any(process.is_running() for process in processes)
+    assert [process for process in processes if process.is_running()] == []
     state = stage.run(run_id).state
     assert state and state.name == "AwaitingRetry"
     stage.worker.__enter__()
@@ -347,9 +366,7 @@ def test_stopped_worker_hands_its_run_back(stage: Stage) -> None:
 
 def test_scheduled_run_starts_by_itself(stage: Stage) -> None:
     stage.nth_event("tick", 1, 70)
-    completed = FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}})
-    runs = wait_for(lambda: stage.client.read_flow_runs(flow_run_filter=completed), 20, "a completed run")
-    assert any(run.auto_scheduled for run in runs)
+    stage.ended(stage.scheduled_runs("scheduled")[0].id)
 
 
 def test_run_that_dies_again_and_again_crashes_and_the_webhook_is_told(stage: Stage) -> None:
@@ -363,14 +380,26 @@ def test_run_that_dies_again_and_again_crashes_and_the_webhook_is_told(stage: St
 
 
 def test_webhook_is_told_of_a_scheduled_run_that_failed(stage: Stage) -> None:
-    deployment = stage.client.read_deployment_by_name("broken/toy")
-    of_deployment = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment.id]}})
-    run_id = min(
-        stage.client.read_flow_runs(flow_run_filter=of_deployment), key=lambda r: r.expected_start_time
-    ).id
-    run = stage.ended(run_id, "Failed", 90)
+    run_id = stage.scheduled_runs("broken")[0].id
+    run = stage.ended(run_id, "Refused", 90)
     alert = wait_for(lambda: stage.alert(run_id), 20, lambda: f"an alert: {tail(stage.server.log)}")
-    assert run.auto_scheduled and alert["scheduled"] is True and alert["state"] == "Failed"
-    assert 'ValueError: no "data" today\\' in alert["message"] and "ValueError" in alert["text"]
+    assert run.auto_scheduled and alert["scheduled"] is True and alert["state"] == "Refused"
+    assert alert["message"] == 'no "data" today\\' and alert["message"] in alert["text"]
     told_of = [alert["flow_run_id"] for alert in stage.alerts]
     assert len(told_of) == len(set(told_of)) == 2  # once each, and nothing of the runs that were resumed
+
+
+def test_deployments_of_the_repository(stage: Stage, tmp_path: Path) -> None:
+    ours = (REPOSITORY / "prefect.yaml").read_text().replace("name: local", "name: unattended")
+    (tmp_path / "prefect.yaml").write_text(ours)
+    stage.server.prefect("work-pool", "create", "unattended", "--type", "process", cwd=tmp_path)
+    stage.server.prefect("--no-prompt", "deploy", "--all", cwd=tmp_path)
+    daily = stage.client.read_deployment_by_name("retrain/retrain-flights")
+    by_hand = stage.client.read_deployment_by_name("retrain/retrain-flights-demo")
+    assert (daily.parameters, by_hand.parameters) == ({"pipeline": "flights"}, {"pipeline": "flights_demo"})
+    assert daily.global_concurrency_limit and daily.global_concurrency_limit.limit == 1
+    assert daily.job_variables and daily.job_variables["command"] == "python -m flows.guard"
+    assert daily.job_variables["working_dir"] == str(tmp_path)
+    assert by_hand.schedules == []
+    due = wait_for(lambda: stage.scheduled_runs("retrain", "retrain-flights"), 30, "a run of tomorrow")[0]
+    assert due.expected_start_time and (due.expected_start_time.hour, due.expected_start_time.minute) == (5, 0)

@@ -1,0 +1,37 @@
+"""The serving process's import guard, and its proof: what a request may never wait for is not importable."""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+REFUSED = ("prefect", "optuna", "ray", "pytorch_lightning", "lightning", "great_expectations", "feast", "pandas")
+OURS = ("pipelines", "features", "models", "deploy", "tasks", "flows")
+
+
+class _Guard(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name.partition(".")[0] in REFUSED:
+            raise ModuleNotFoundError(f"{name} is not available to a serving process", name=name)
+        return None
+
+
+def install() -> None:
+    """From now on the refused packages raise ModuleNotFoundError; optional imports of others fall back."""
+    if not any(isinstance(finder, _Guard) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Guard())
+
+
+def proof(inside: Path) -> dict[str, list[str]]:
+    """Refused packages that are loaded all the same, and modules of ours that lie outside the folder."""
+    loaded = sorted({name.partition(".")[0] for name in sys.modules} & set(REFUSED))
+    outside = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in OURS
+        and getattr(module, "__file__", None)
+        and not Path(str(module.__file__)).resolve().is_relative_to(inside)
+    ]
+    return {"refused": loaded, "outside": sorted(outside)}

@@ -1,0 +1,141 @@
+"""Endpoint processes: start one from a bento, wait until it is ready, find it again, stop it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.errors import MillraceError
+from pipelines.home import Home, process_env
+from pipelines.manifest import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running endpoint."""
+
+    pid: int
+    started: float  # process creation time, so that a reused pid is not taken for it
+    port: int
+    release: str
+    log: str
+    offset_us: int = 0  # added to the data clock
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
+        except psutil.NoSuchProcess:
+            return False
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a service could listen on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def start(home: Home, bento: Path, *, port: int, release: str, log: Path, extra: dict[str, str], wait_s: float = 90) -> Service:
+    """An endpoint that answered /readyz. Raises MillraceError with its last words when it does not come up."""
+    if not port_is_free(port):
+        raise MillraceError(
+            f"port {port} is taken; stop what listens there (`millrace down`), or choose another: --set serve.port=PORT"
+        )
+    if not (bento / "bento.yaml").is_file():
+        raise MillraceError(f"bento {bento} is not there: run `millrace run` to build it again")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    src = bento / "src"
+    env = {**os.environ, **process_env(home), "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1", **extra}
+    command = [sys.executable, "-m", "bentoml", "serve", str(bento), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, cwd=src, env=env, stdout=out, stderr=out, start_new_session=True)
+    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release, str(log),
+                      int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")))  # fmt: skip
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        if "initialize" not in (words := last_words(log)) and "Error" in words and "Traceback" in words:
+            break
+        try:
+            with urllib.request.urlopen(f"{service.url}/readyz", timeout=2):
+                return service
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    stop(service)
+    raise MillraceError(f"the endpoint of {release} did not become ready: {last_words(log)}")
+
+
+def last_words(log: Path, lines: int = 6) -> str:
+    """The end of a log file."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])[-1500:] if log.exists() else ""
+
+
+def stop(service: Service, *, grace_s: float = 15) -> None:
+    """Ends an endpoint and its workers: asked first, killed when it does not listen."""
+    if not service.alive():
+        return
+    parent = psutil.Process(service.pid)
+    family = [parent, *parent.children(recursive=True)]
+    parent.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=grace_s)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+def call(url: str, body: object | None = None, *, timeout: float = 30) -> tuple[int, Any]:
+    """Status and JSON of a request; a body is posted."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            return error.code, json.loads(text)
+        except ValueError:
+            return error.code, {"error": text}
+
+
+def remember(home: Home, pipeline: str, service: Service) -> None:
+    """Notes the running endpoint of a pipeline, for `status` and `down`."""
+    write_json(home.services(pipeline) / "endpoint.json", asdict(service))
+
+
+def running(home: Home, pipeline: str) -> Service | None:
+    """The endpoint of a pipeline, if it runs."""
+    path = home.services(pipeline) / "endpoint.json"
+    if not path.exists():
+        return None
+    body = read_json(path)
+    del body["format_version"]
+    service = Service(**body)
+    return service if service.alive() else None

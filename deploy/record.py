@@ -1,0 +1,148 @@
+"""The record of a run: `manifest.json`, written last, and the pages made from it."""
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.rollout import Released
+from features.ingest import read_snapshot
+from features.rows import split_bounds
+from features.store import FeatureSet
+from models.evaluate import CHALLENGER
+from pipelines.clock import iso, wall_us
+from pipelines.home import Home
+from pipelines.manifest import ROOT, Artifact, digest_of, file_digest, read_json, write_json
+from pipelines.run import Run, finished, result_spec
+from pipelines.spec import Spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: promoted, refused or unchanged; with the paths (home-relative) of its pages."""
+
+    outcome: str
+    pipeline: str
+    run_id: str
+    release: str
+    reasons: tuple[str, ...]
+    result_digest: str
+    report: str
+    line: str = ""
+
+
+def write_record(
+    spec: Spec, home: Home, run: Run, features: FeatureSet, stages: Mapping[str, Artifact | None], released: Released
+) -> Outcome:  # fmt: skip
+    """Writes the manifest of a finished run and its pages. Written again it says the same, but for times."""
+    from deploy.report import write_report
+
+    folder = run.folder(home)
+    at = {name: home.root / artifact.path for name, artifact in stages.items() if artifact is not None}
+    result = _result(spec, run, at)
+    inputs = read_json(folder / "inputs.json")
+    del inputs["format_version"]
+    costs = stage_costs(folder)
+    evaluation = read_json(at["evaluate"] / "evaluation.json")
+    manifest = {
+        "pipeline": run.pipeline, "title": spec.title, "run_id": run.run_id, "as_of": iso(run.as_of_us),
+        "clock": spec.clock.model_dump(mode="json") if spec.clock else None, "inputs": inputs,
+        "git_commit": _commit(), "lock_digest": _lock_digest(), "feature_service": run.pipeline,
+        "defs_digest": features.defs_digest, "counts": read_json(at["training_set"] / "counts.json")["counts"],
+        "seed": spec.seed, "hyper_parameters": result["hyper_parameters"], "chosen": result["chosen"],
+        "metrics": evaluation["metrics"], "gains": evaluation["gains"], "bar": evaluation["bar"],
+        "verdict": _without_format(read_json(at["evaluate"] / "verdict.json")),
+        "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
+        "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),
+        "stages": costs, "stage_paths": {n: a.path for n, a in stages.items() if a is not None},
+        "snapshot_rows": read_snapshot(home, run.pipeline, run.snapshot).rows, "exact": True,
+        "test_window_us": list(split_bounds(spec, run.as_of_us)[3][:2]) if spec.timed else None,
+        "result_digest": digest_of(result), "result": result, "finished_wall_us": wall_us(),
+    }  # fmt: skip
+    write_report(spec, home, run, manifest)
+    write_json(folder / "manifest.json", manifest)
+    return outcome_of(home, manifest)
+
+
+def write_refusal(home: Home, run: Run, reason: str, report: str) -> None:
+    """The final manifest of a run that a contract stopped, so that it is not taken up again."""
+    inputs = read_json(run.folder(home) / "inputs.json")
+    del inputs["format_version"]
+    write_json(run.folder(home) / "manifest.json", {
+        "pipeline": run.pipeline, "run_id": run.run_id, "inputs": inputs, "outcome": "refused", "release": run.parent,
+        "reasons": [reason], "result_digest": "", "report": report, "stages": stage_costs(run.folder(home)),
+        "finished_wall_us": wall_us(),
+    })  # fmt: skip
+
+
+def outcome_of(home: Home, manifest: Mapping[str, Any], *, as_word: str = "") -> Outcome:
+    """The outcome that a manifest records."""
+    folder = home.runs(manifest["pipeline"]) / manifest["run_id"]
+    report = manifest.get("report") or home.relative(folder / "report.html")
+    word = as_word or manifest["outcome"]
+    return Outcome(word, manifest["pipeline"], manifest["run_id"], manifest["release"], tuple(manifest["reasons"]),
+                   manifest["result_digest"], report, f"{word}: run {manifest['run_id']}")  # fmt: skip
+
+
+def last_outcome(home: Home, run: Run) -> Outcome:
+    """The outcome of the last run of a pipeline, as `unchanged`."""
+    return outcome_of(home, finished(home, run.pipeline)[-1], as_word="unchanged")
+
+
+def _result(spec: Spec, run: Run, at: Mapping[str, Path]) -> dict[str, Any]:
+    """What `result_digest` covers: no time, no host, no commit, no world size."""
+    model = read_json(at["train"] / "model.json")
+    weights = {}
+    for name in sorted({m["file"] for m in model["members"]}):
+        path = at["train"] / name
+        if name.endswith(".txt"):
+            weights[name] = digest_of(re.sub(r"\[num_threads: .*\]\n", "", path.read_text()))
+    for path in sorted(at["train"].glob("*.safetensors")):
+        weights[path.name] = file_digest(path)
+    evaluation, verdict = (read_json(at["evaluate"] / f"{n}.json") for n in ("evaluation", "verdict"))
+    return {
+        "spec": result_spec(spec),
+        "pins": {"snapshot": run.snapshot, "as_of_us": run.as_of_us, "parent": run.parent},
+        "rows": read_json(at["training_set"] / "counts.json")["counts"],
+        "hyper_parameters": _without_format(read_json(at["tune"] / "best.json")),
+        "chosen": model["chosen"], "weights": weights,
+        "predictions": file_digest(at["evaluate"] / "test.parquet"),
+        "metrics": {k: v["value"] for k, v in evaluation["metrics"][CHALLENGER].items()},
+        "verdict": verdict["promoted"],
+    }  # fmt: skip
+
+
+def stage_costs(folder: Path) -> list[dict[str, Any]]:
+    """Seconds, CPU seconds and peak MB of each stage, the last time that it ran."""
+    path, found = folder / "stages.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            body = json.loads(line)
+        except ValueError:  # a line that a crash cut short
+            continue
+        found[body["stage"]] = body
+    return list(found.values())
+
+
+def _preflight(at: Mapping[str, Path]) -> dict[str, Any] | None:
+    if "preflight" not in at:
+        return None
+    measured = read_json(at["preflight"] / "volatile" / "measured.json")
+    return _without_format({**read_json(at["preflight"] / "preflight.json"), **measured})
+
+
+def _without_format(body: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in body.items() if k != "format_version"}
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _lock_digest() -> str:
+    path = ROOT / "requirements.lock"
+    return file_digest(path) if path.exists() else ""

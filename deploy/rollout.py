@@ -1,0 +1,192 @@
+"""Releases: an append-only log and one pointer, moved by compare-and-set; and the feeding of what serves."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import load_bento
+from features.ingest import Snapshot, read_snapshot
+from features.online import feed
+from features.rows import seen_until
+from features.store import FeatureSet, build_features, defs_digest
+from pipelines.clock import Anchor, iso, wall_us
+from pipelines.errors import MillraceError, Refused
+from pipelines.home import Home
+from pipelines.manifest import FORMAT_VERSION, Artifact, lock, read_json, write_json
+from pipelines.run import Run
+from pipelines.spec import Spec
+
+KEPT = 3  # releases whose served store is fed: the champion and those before it
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release: a bento, where it came from, and why it was let through."""
+
+    release: str
+    bento: str
+    run_id: str
+    snapshot: str
+    as_of_us: int
+    defs_digest: str
+    parent: str
+    reasons: tuple[str, ...]
+    test_until_us: int  # end of what its training and validation have seen
+
+
+def champion(home: Home, pipeline: str) -> Release | None:
+    """The release that the pointer names."""
+    pointer = home.releases(pipeline) / "champion.json"
+    if not pointer.exists():
+        return None
+    return find_release(home, pipeline, read_json(pointer)["release"])
+
+
+def find_release(home: Home, pipeline: str, name: str) -> Release:
+    """A release by name. Raises MillraceError listing those that exist."""
+    known = {r.release: r for r in released(home, pipeline)}
+    if name not in known:
+        raise MillraceError(f"{pipeline} has no release {name!r} (releases: {', '.join(known) or 'none'})")
+    return known[name]
+
+
+def released(home: Home, pipeline: str) -> list[Release]:
+    """Every release, oldest first, once each."""
+    found = {}
+    for event in events(home, pipeline):
+        if event["event"] == "release":
+            body = event["body"]
+            found[body["release"]] = Release(**{f.name: body[f.name] for f in fields(Release)})
+    return list(found.values())
+
+
+def events(home: Home, pipeline: str) -> Iterator[dict[str, Any]]:
+    """The release log. A torn last line, from a crash while it was written, does not count."""
+    path = home.releases(pipeline) / "log.jsonl"
+    if not path.exists():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _append(home: Home, pipeline: str, event: str, body: dict[str, Any], why: str) -> None:
+    path = home.releases(pipeline) / "log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = wall_us()
+    line = {"format_version": FORMAT_VERSION, "event": event, "when": iso(now), "who": os.environ.get("USER", ""),
+            "why": why, "body": body}  # fmt: skip
+    with path.open("ab") as file:
+        file.write(b"\n" + json.dumps(line, sort_keys=True).encode())  # the newline first: a torn line ends there
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def promote(home: Home, pipeline: str, release: Release, *, expected: str, why: str) -> bool:
+    """Moves the pointer from `expected` to the release. False when it was there already.
+
+    Raises Refused when another release has taken the place of `expected` meanwhile.
+    """
+    with lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True):
+        now = champion(home, pipeline)
+        current = now.release if now else ""
+        if current == release.release:
+            return False
+        if current != expected:
+            raise Refused(
+                f"the champion of {pipeline} is {current or 'none'} and not {expected or 'none'}, from which this run "
+                "started: run again to be judged against it"
+            )
+        if release.release not in {r.release for r in released(home, pipeline)}:
+            _append(home, pipeline, "release", asdict(release), why)
+        write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
+        _append(home, pipeline, "promote", {"release": release.release, "from": current}, why)
+    return True
+
+
+def rollback(home: Home, pipeline: str, *, to: str | None = None, why: str) -> Release:
+    """Moves the pointer back, to the release before the champion or to a named one."""
+    now = champion(home, pipeline)
+    if now is None:
+        raise MillraceError(f"{pipeline} has no champion: nothing to roll back")
+    target = to or next(
+        (e["body"]["from"] for e in reversed(list(events(home, pipeline)))
+         if e["event"] in ("promote", "rollback") and e["body"]["release"] == now.release), "",
+    )  # fmt: skip
+    if not target:
+        raise Refused(f"{now.release} is the first release of {pipeline}: there is none before it")
+    release = find_release(home, pipeline, target)
+    with lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True):
+        write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
+        _append(home, pipeline, "rollback", {"release": release.release, "from": now.release}, why)
+    return release
+
+
+def bento_spec(home: Home, release: Release) -> Spec:
+    """The spec inside a release's bento."""
+    return Spec.model_validate(json.loads((home.root / release.bento / "src/bundle/spec.json").read_text()))
+
+
+def feed_all(home: Home, pipeline: str, snapshot: Snapshot, anchor: Anchor, built: FeatureSet) -> list[str]:
+    """Feeds the served store of every kept release; names those that moved. Repeating it changes nothing.
+
+    `built` serves the releases that define features as it does; for others the steps from the anchor on are made.
+    """
+    fed = []
+    for release in released(home, pipeline)[-KEPT:]:
+        spec = bento_spec(home, release)
+        defs = defs_digest(spec)
+        features = built if built.defs_digest == defs else build_features(spec, home, snapshot, since=anchor.data_us)
+        if feed(spec, home.root / features.path, home.online(pipeline, defs), anchor, snapshot.digest):
+            fed.append(release.release)
+    if fed:
+        body = {"data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot.digest, "releases": fed}
+        _append(home, pipeline, "feed", body, "new facts")
+    return fed
+
+
+def bento_folder(home: Home, release: Release) -> Path:
+    """Where a release's bento lies."""
+    return home.root / release.bento
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a run did to the champion: promoted, refused or unchanged; and which stores were fed."""
+
+    outcome: str
+    release: str
+    reasons: tuple[str, ...]
+    fed: tuple[str, ...]
+    line: str
+
+
+def release_run(
+    spec: Spec, home: Home, run: Run, features: FeatureSet, verdict: Artifact, bento: Artifact | None,
+    checked: Artifact | None,
+) -> Released:  # fmt: skip
+    """Moves the pointer when both verdicts are yes, and feeds on either. Repeating it changes nothing."""
+    reasons = tuple(read_json(home.root / verdict.path / "verdict.json")["reasons"])
+    snapshot = read_snapshot(home, run.pipeline, run.snapshot)
+    outcome, name = "refused", run.parent
+    if bento is not None and checked is not None:
+        built = load_bento(home.root / bento.path)
+        if not checked.ok:
+            reasons = tuple(read_json(home.root / checked.path / "preflight.json")["reasons"])
+        else:
+            outcome = "unchanged" if built.tag == run.parent else "promoted"
+            name = built.tag
+            new = Release(built.tag, built.path, run.run_id, run.snapshot, run.as_of_us, features.defs_digest,
+                          run.parent, reasons, seen_until(spec, run.as_of_us))  # fmt: skip
+            promote(home, run.pipeline, new, expected=run.parent, why="; ".join(reasons))
+    anchor = Anchor(run.as_of_us, run.anchor_wall_us)
+    fed = tuple(feed_all(home, run.pipeline, snapshot, anchor, features))
+    shown = name or "no champion"
+    line = {"promoted": f"{shown} is champion", "refused": f"refused; {shown} stays",
+            "unchanged": f"equal to the champion {shown}"}[outcome]  # fmt: skip
+    return Released(outcome, name, reasons, fed, line + (f"; {len(fed)} store(s) fed" if fed else ""))

@@ -1,0 +1,264 @@
+"""The endpoint: a BentoML service around one raw ASGI application.
+
+`/predict` takes row keys and computes the features at the clock's now from the served store; `/predict_features`
+takes raw features. One code path after the look-up. `/info` says what answers.
+"""
+
+import deploy.imports
+
+deploy.imports.install()
+
+import json  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import time  # noqa: E402
+import uuid  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import bentoml  # noqa: E402
+import numpy as np  # noqa: E402
+import yaml  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
+from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
+from features.frame import feature_list, is_missing, resolve  # noqa: E402
+from features.online import OnlineStore, Served, serve_features  # noqa: E402
+from features.preprocess import Preprocess  # noqa: E402
+from features.windows import Columns  # noqa: E402
+from models.score import Model  # noqa: E402
+from pipelines.clock import MISSING, Clock, iso, wall_us  # noqa: E402
+from pipelines.manifest import read_json  # noqa: E402
+from pipelines.spec import Spec  # noqa: E402
+
+SRC = Path(__file__).resolve().parents[1]
+log = logging.getLogger("millrace.service")
+
+
+class Endpoint:
+    """Everything that one worker needs to answer: model, preprocessing, served store, clock and log."""
+
+    def __init__(self, bundle: Path, home: Path) -> None:
+        about = read_json(bundle / "bundle.json")
+        self.spec = Spec.model_validate(json.loads((bundle / "spec.json").read_text()))
+        self.release, self.defs = _tag(bundle), about["defs_digest"]
+        self.preprocess = Preprocess.load(bundle / "preprocess.json")
+        self.model = Model.load(bundle)
+        for function in self.spec.features.functions:
+            resolve(function.call)  # now, not at the first request: a bento that lacks it is refused
+        self.features = feature_list(self.spec)
+        self.key_fields, self.feature_fields = key_fields(self.spec), feature_fields(self.features)
+        store = Path(os.environ.get("MILLRACE_ONLINE") or home / "online" / self.spec.pipeline / self.defs[:16])
+        self.store = OnlineStore(self.spec, store)
+        log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
+        self.log = PredictionLog(
+            log_root, list(self.preprocess.numbers), list(self.preprocess.categories), self.spec.serve.log_flush
+        )
+        self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
+
+    def now_us(self) -> int:
+        """The clock's now."""
+        clock = self.spec.clock
+        if clock is None:
+            return 0
+        anchor = self.store.anchor() if clock.kind == "data" else None
+        return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
+
+    def predict(self, body: bytes) -> dict[str, Any]:
+        """Answers for rows named by their keys."""
+        began, rows = time.monotonic_ns(), parse(body, self.key_fields)
+        now = self.now_us()
+        served = serve_features(self.store, rows, now)
+        self._refuse_closed(rows, served)
+        self._refuse_conflicts(rows, served)
+        scores = self.model.predict(self.preprocess.transform(served.frame))
+        stale_after = self.spec.serve.stale_after
+        answers, entries = [], []
+        request_id = uuid.uuid4().hex
+        for i, row in enumerate(rows):
+            answer = {
+                "key": self._key(row),
+                **self._answer(float(scores[i])),
+                "missing": served.missing(i),
+                "stale": served.stale(i, stale_after),
+                "unknown_entity": bool(served.looked.unknown[i]),
+                "outside_horizon": self._outside(served.looked.own, i, now),
+            }
+            answers.append(answer)
+            given = {k: v for k, v in row.items() if k not in self.spec.row_key}
+            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i))}
+            entries.append((answer, extra))
+        self._log("predict", request_id, now, began, served.frame, entries)
+        return {**self._head(request_id, now), "rows": answers}
+
+    def predict_features(self, body: bytes) -> dict[str, Any]:
+        """Answers for rows given as features; one that is left out is missing."""
+        began, rows = time.monotonic_ns(), parse(body, self.feature_fields)
+        frame: Columns = {}
+        for feature in self.features:
+            values = [row.get(feature.name) for row in rows]
+            if feature.kind == "number":
+                frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
+            else:
+                frame[feature.name] = np.array(values, object)
+        scores = self.model.predict(self.preprocess.transform(frame))
+        now, request_id = self.now_us(), uuid.uuid4().hex
+        answers = [
+            {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]]}
+            for i, s in enumerate(scores)
+        ]
+        entries = [({**a, "key": {}}, {}) for a in answers]
+        self._log("predict_features", request_id, now, began, frame, entries)
+        return {**self._head(request_id, now), "rows": answers}
+
+    def features_at(self, body: bytes) -> dict[str, Any]:
+        """The features that `/predict` would use, without an answer (preflight only)."""
+        rows = parse(body, self.key_fields)
+        now = self.now_us()
+        served = serve_features(self.store, rows, now)
+        scores = self.model.predict(self.preprocess.transform(served.frame))
+        return {
+            "now_us": now,
+            "scores": [float(s) for s in scores],
+            "features": {n: [_plain(v) for v in values] for n, values in served.frame.items()},
+        }
+
+    def info(self) -> dict[str, Any]:
+        """What answers here."""
+        meta = self.store.meta()
+        return {
+            "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,
+            "model": self.model.chosen, "features": len(self.features), "defs_digest": self.defs,
+            "fed": {"snapshot": meta["snapshot"], "until": iso(int(meta["data_us"]))},
+            "clock": iso(self.now_us()) if self.spec.timed else None,
+            "predictions_dropped": self.log.dropped,
+        }  # fmt: skip
+
+    def _head(self, request_id: str, now: int) -> dict[str, Any]:
+        return {"request_id": request_id, "release": self.release, "now": iso(now) if self.spec.timed else None}
+
+    def _answer(self, score: float) -> dict[str, Any]:
+        return {"probability": score, "decision": score >= self.spec.serve.threshold}
+
+    def _key(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {n: _shown(row[n], self.key_fields[n].type) for n in self.spec.row_key}
+
+    def _outside(self, own: Columns, i: int, now: int) -> bool:
+        at = self.spec.predict_at
+        if at is None:
+            return False
+        due = int(own[at.column][i])
+        return due == MISSING or abs(due - at.lead - now) > at.tolerance
+
+    def _refuse_closed(self, rows: list[dict[str, Any]], served: Served) -> None:
+        closed = np.flatnonzero(served.looked.closed_at <= served.now)
+        if len(closed):
+            keys = [self._key(rows[i]) for i in closed[:5].tolist()]
+            raise BadRequest(409, "too late to ask: " + "; ".join(
+                f"{as_json(k)} was closed at {iso(int(served.looked.closed_at[i]))}"
+                for k, i in zip(keys, closed[:5].tolist(), strict=True)
+            ), error="already_closed", rows=closed.tolist())  # fmt: skip
+
+    def _refuse_conflicts(self, rows: list[dict[str, Any]], served: Served) -> None:
+        for i, row in enumerate(rows):
+            if served.looked.unknown[i]:
+                continue
+            for name, given in row.items():
+                field = self.key_fields[name]
+                if field.required or given is None:
+                    continue
+                stored = served.looked.own[name][i]
+                same = stored == given if field.type != "float64" else float(stored) == float(given)
+                if not same:
+                    shown = _shown(_plain(stored), field.type)
+                    raise BadRequest(422, f"rows[{i}].{name} is not what is stored ({shown}); leave it out")
+
+    def _log(self, route: str, request_id: str, now: int, began: int, frame: Columns,
+             entries: list[tuple[dict[str, Any], dict[str, str]]]) -> None:  # fmt: skip
+        wall, took = wall_us(), (time.monotonic_ns() - began) // 1_000
+        logged = []
+        for i, (answer, extra) in enumerate(entries):
+            values = {
+                "request_id": request_id, "row": i, "clock": now if self.spec.timed else wall, "wall": wall, "release": self.release,
+                "route": route, "key": as_json(answer["key"]), "request": "{}", "event_times": "{}",
+                "unknown_entity": answer.get("unknown_entity", False),
+                "outside_horizon": answer.get("outside_horizon", False), "missing": len(answer["missing"]),
+                "stale": as_json(answer.get("stale", [])), "score": answer["probability"], "latency_us": took, **extra,
+            }  # fmt: skip
+            logged.append(Entry(values["clock"], values, {n: _plain(v[i]) for n, v in frame.items()}))
+        self.log.put(logged)
+
+
+def _tag(bundle: Path) -> str:
+    """Name and version of the bento around the bundle."""
+    body = yaml.safe_load((bundle.parents[1] / "bento.yaml").read_text())
+    return f"{body['name']}:{body['version']}"
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and value != value else value
+
+
+def _shown(value: Any, kind: str) -> Any:
+    return iso(int(value)) if kind == "timestamp" and value is not None else value
+
+
+_endpoint: dict[str, Endpoint] = {}
+
+
+def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Request], Any]:
+    async def handle(request: Request) -> JSONResponse:
+        try:
+            length = int(request.headers.get("content-length") or 0)
+            if length > MAX_BYTES:
+                raise BadRequest(413, f"the body has {length:,} bytes; at most {MAX_BYTES:,} are taken")
+            body = bytearray()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    raise BadRequest(413, f"the body is larger than {MAX_BYTES:,} bytes: send fewer rows")
+            return JSONResponse(answer(_endpoint["it"], bytes(body)))
+        except BadRequest as error:
+            return JSONResponse({"error": error.message, **error.details}, error.status)
+
+    return handle
+
+
+def _app() -> Starlette:
+    async def info(request: Request) -> JSONResponse:
+        return JSONResponse(_endpoint["it"].info())
+
+    async def modules(request: Request) -> JSONResponse:
+        return JSONResponse(deploy.imports.proof(SRC))
+
+    routes = [
+        Route("/predict", _route(Endpoint.predict), methods=["POST"]),
+        Route("/predict_features", _route(Endpoint.predict_features), methods=["POST"]),
+        Route("/info", info),
+    ]
+    if os.environ.get("MILLRACE_PREFLIGHT"):
+        routes += [
+            Route("/preflight/features", _route(Endpoint.features_at), methods=["POST"]),
+            Route("/preflight/modules", modules),
+        ]
+    return Starlette(routes=routes)
+
+
+@bentoml.asgi_app(_app(), path="/")
+@bentoml.service(
+    name="millrace", workers=int(os.environ.get("MILLRACE_WORKERS", "1")), traffic={"timeout": 30},
+    metrics={"enabled": False}, logging={"access": {"enabled": False}}, monitoring={"enabled": False},
+)  # fmt: skip
+class Millrace:
+    def __init__(self) -> None:
+        _endpoint["it"] = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        _endpoint["it"].log.close()

@@ -1,0 +1,71 @@
+"""`millrace check`: does the spec fit what landed, and is there room to run?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.frame import feature_list, resolve
+from features.windows import stored_views
+from pipelines.clock import duration_text
+from pipelines.errors import UsageError, nearest
+from pipelines.home import Home, free_mb
+from pipelines.spec import Spec
+
+NEEDED_MB = 2_000
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Lines for a person, and the problems among them."""
+
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
+    """Looks at the spec's functions, at the schema of one landed file per source, and at the disk. Reads no rows."""
+    lines, problems = [f"{path.name}: {spec.title}"], []
+    kinds = [f.kind for f in feature_list(spec)]
+    lines.append(f"features: {len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(spec))} stored views")
+    lines.append(f"rows: {spec.rows.source} by {', '.join(spec.row_key)}" + _asked(spec))
+    for function in spec.features.functions:
+        try:
+            resolve(function.call)
+        except UsageError as error:
+            problems.append(str(error))
+    for name, source in spec.sources.items():
+        files = sorted((home.landing(spec.pipeline) / name).rglob("*.parquet"))
+        if not files:
+            hint = f"; type `millrace sample {spec.pipeline}`" if spec.sample else ""
+            problems.append(f"{name}: nothing landed in {home.landing(spec.pipeline) / name}{hint}")
+            continue
+        rows, found = _look(files)
+        lines.append(f"{name}: {len(files)} files, {rows:,} rows, key {', '.join(source.key)}")
+        for column in source.columns:
+            if found is not None and column not in found.names:
+                problems.append(f"{name}: column {column!r} is not in {files[-1].name}{nearest(column, found.names)}")
+    free = free_mb(home)
+    lines.append(f"disk: {free:,} MB free at {home.root}")
+    if free < NEEDED_MB:
+        problems.append(f"disk: {free} MB free at {home.root}, a run wants {NEEDED_MB}")
+    lines += [f"problem: {p}" for p in problems] or ["no problem found"]
+    return Checked(tuple(lines), tuple(problems))
+
+
+def _asked(spec: Spec) -> str:
+    at = spec.predict_at
+    return f", asked {duration_text(at.lead)} before {at.column}" if at else ", without time"
+
+
+def _look(files: list[Path]) -> tuple[int, pa.Schema | None]:
+    """Rows in all footers, and the schema of the newest file; 0 and None for what is not Parquet."""
+    rows, schema = 0, None
+    for file in files:
+        try:
+            footer = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError):
+            continue
+        rows, schema = rows + footer.metadata.num_rows, footer.schema_arrow
+    return rows, schema

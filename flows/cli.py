@@ -1,0 +1,228 @@
+"""`millrace VERB PIPELINE`: the command line. Exit codes: 0 done or unchanged, 1 error, 2 usage, 3 refused."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.errors import MillraceError, Refused
+from pipelines.home import Home, open_home, process_env
+from pipelines.manifest import canonical_json, lock
+from pipelines.spec import Spec, find_pipeline, json_schema, load_spec
+
+Answer = dict[str, Any]
+
+
+class _Verbs(click.Group):
+    """Verbs whose errors are one clear sentence and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except click.Abort:
+            sys.exit(1)
+        except MillraceError as error:
+            word = "refused" if isinstance(error, Refused) else "error"
+            print(f"{word}: {error}", file=sys.stderr)
+            if isinstance(error, Refused) and error.report:
+                print(f"report: {open_home().root / error.report}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """From raw Parquet to a served, self-retraining model."""
+
+
+def _verb(function: Callable[..., Answer | None]) -> click.Command:
+    """A verb with `--json` and `--set`: prints its answer for a person, or as one JSON object."""
+
+    def run(as_json: bool, **kwargs: Any) -> None:
+        answer = function(**kwargs)
+        if answer is None:
+            return
+        code = int(answer.pop("exit_code", 0))
+        print(canonical_json({k: v for k, v in answer.items() if k != "text"}) if as_json else answer["text"])
+        if code:
+            raise click.exceptions.Exit(code)
+
+    run.__doc__ = function.__doc__
+    command = click.command(function.__name__.rstrip("_"))(run)
+    command.params += getattr(function, "__click_params__", [])[::-1]
+    command.params.append(click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."))
+    main.add_command(command)
+    return command
+
+
+_pipeline = click.argument("pipeline")
+_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Changes a field of the spec.")
+
+
+def _prepared(home: Home) -> None:
+    """This process and its children run under the home's environment."""
+    os.environ.update(process_env(home))
+    if hasattr(time, "tzset"):
+        time.tzset()
+
+
+@_verb
+@_pipeline
+@click.option("--until", help="Land what is known up to this time; default: the sample's own end.")
+@click.option("--daily", is_flag=True, help="One file per day instead of per month.")
+@_set
+def sample(pipeline: str, until: str | None, daily: bool, overrides: tuple[str, ...]) -> Answer:
+    """Writes a pipeline's sample data to its landing folder."""
+    from pipelines.sample import land
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    report = land(spec, home, until=until, daily=daily)
+    lines = [f"{name:<14} {rows:>9,} rows" for name, rows in report.rows.items()]
+    lines += [f"{report.files} new files in {home.landing(spec.pipeline)}", *(f"· {note}" for note in report.notes)]
+    return {"text": "\n".join(lines), "rows": dict(report.rows), "files": report.files, "notes": list(report.notes)}
+
+
+@_verb
+@_pipeline
+@_set
+def check(pipeline: str, overrides: tuple[str, ...]) -> Answer:
+    """Validates spec, sources, keys, columns and free disk, and says what it found."""
+    from flows.check import check_pipeline
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    found = check_pipeline(spec, home, find_pipeline(pipeline))
+    return {"text": "\n".join(found.lines), "problems": list(found.problems), "exit_code": 2 if found.problems else 0}
+
+
+@_verb
+@_pipeline
+@click.option("--as-of", help="Pretend that it is this time; default: the newest known-at.")
+@_set
+def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
+    """Runs the whole pipeline: from what landed to a verdict and a release."""
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    _prepared(home)
+    with lock(home.lock(f"run-{spec.pipeline}"), what=f"a run of {spec.pipeline}"):
+        outcome = _retrain(home, spec, pipeline, as_of, list(overrides))
+    code = {"refused": 3}.get(outcome.outcome, 0)
+    report = home.root / outcome.report
+    lines = [f"{outcome.outcome}: {outcome.release or 'no champion'} (run {outcome.run_id})"]
+    lines += [f"  {reason}" for reason in outcome.reasons]
+    lines += [f"report: {report}"] + ([f"result_digest: {outcome.result_digest}"] if outcome.result_digest else [])
+    return {"text": "\n".join(lines), **asdict(outcome), "report": str(report), "exit_code": code}
+
+
+def _retrain(home: Home, spec: Spec, pipeline: str, as_of: str | None, overrides: list[str]) -> Any:
+    from flows.quick import nothing_new
+
+    known = nothing_new(home, spec, as_of)
+    if known is not None:
+        return known
+    print(f"{spec.title}", file=sys.stderr, flush=True)
+    from flows.inprocess import run_flow
+
+    return run_flow(home, pipeline, as_of, overrides)
+
+
+@_verb
+@_pipeline
+@click.option("--port", type=int, help="Port; default: serve.port of the spec.")
+@click.option("--background", is_flag=True, help="Return when it is ready, and leave it running.")
+@_set
+def serve(pipeline: str, port: int | None, background: bool, overrides: tuple[str, ...]) -> Answer | None:
+    """Serves the champion over HTTP."""
+    from flows.serving import serve_champion
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    _prepared(home)
+    service = serve_champion(home, spec, port=port, background=background)
+    if service is None:
+        return None
+    return {"text": f"{service.release} answers on {service.url}", **asdict(service), "url": service.url}
+
+
+@_verb
+@click.argument("pipeline", required=False)
+def down(pipeline: str | None) -> Answer:
+    """Stops the endpoint of a pipeline, or everything that `up` and `serve` left running."""
+    from flows.serving import stop_all
+
+    stopped = stop_all(open_home(), pipeline)
+    return {"text": "\n".join(f"stopped {s}" for s in stopped) or "nothing was running", "stopped": stopped}
+
+
+@_verb
+def status() -> Answer:
+    """What runs, and which release each pipeline serves."""
+    from flows.serving import status_of
+
+    return status_of(open_home())
+
+
+@_verb
+@_pipeline
+def releases(pipeline: str) -> Answer:
+    """The releases of a pipeline, newest last, and which is champion."""
+    from deploy.rollout import champion, released
+    from pipelines.clock import iso
+
+    home = open_home()
+    spec = load_spec(pipeline)
+    now, found = champion(home, spec.pipeline), released(home, spec.pipeline)
+    lines = [
+        f"{'*' if now and r.release == now.release else ' '} {r.release}  as of {iso(r.as_of_us)}  run {r.run_id}"
+        for r in found
+    ]
+    return {"text": "\n".join(lines) or f"{spec.pipeline} has no release: type `millrace run {pipeline}`",
+            "champion": now.release if now else "", "releases": [asdict(r) for r in found]}  # fmt: skip
+
+
+@_verb
+@_pipeline
+@click.option("--to", help="Release to go back to; default: the one before the champion.")
+@click.option("--why", default="by hand", help="Reason, for the log.")
+def rollback(pipeline: str, to: str | None, why: str) -> Answer:
+    """Makes an earlier release the champion again."""
+    from deploy.rollout import rollback as back
+
+    release = back(open_home(), load_spec(pipeline).pipeline, to=to, why=why)
+    return {"text": f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`",
+            "release": release.release}  # fmt: skip
+
+
+@_verb
+@click.option("--port", type=int, default=4200, help="Port of the Prefect UI.")
+@click.option("--no-worker", is_flag=True, help="Only the server and its UI.")
+def up(port: int, no_worker: bool) -> Answer:
+    """Starts the Prefect server with its UI, and a worker for the schedules, on this machine."""
+    from flows.serving import start_prefect
+
+    home = open_home()
+    _prepared(home)
+    started = start_prefect(home, port=port, worker=not no_worker)
+    return {"text": "\n".join(started.lines), "ui": started.ui}
+
+
+@_verb
+@click.option("--out", type=click.Path(dir_okay=False), help="File; default: pipelines/schema.json.")
+def schema(out: str | None) -> Answer:
+    """Writes the JSON schema of a pipeline's YAML file, for editors."""
+    from pipelines.spec import HERE
+
+    path = Path(out) if out else HERE / "schema.json"
+    path.write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    return {"text": f"wrote {path}", "path": str(path)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""A look before anything heavy is imported: is there anything new to run on?"""
+
+from deploy.record import Outcome, last_outcome
+from features.ingest import Snapshot, ingest
+from pipelines.clock import parse_time
+from pipelines.home import Home
+from pipelines.manifest import code_digest, digest_of
+from pipelines.run import Run, finished, result_spec, unfinished
+from pipelines.spec import Spec
+
+
+def nothing_new(home: Home, spec: Spec, as_of: str | None) -> Outcome | None:
+    """The last outcome, as `unchanged`, when spec, code, landing and as_of are what the last run saw; else None."""
+    done = finished(home, spec.pipeline)
+    if not done or unfinished(home, spec.pipeline) or not done[-1]["result_digest"]:
+        return None
+    inputs = done[-1]["inputs"]
+    if inputs["spec_digest"] != digest_of(result_spec(spec)) or inputs["code"] != code_digest("flows"):
+        return None
+    snapshot = ingest(spec, home)
+    at = parse_time(as_of) if as_of else snapshot.watermark_us
+    if (snapshot.digest, at) != (inputs["snapshot"], inputs["as_of_us"]):
+        return None
+    return last_outcome(home, _run_of(inputs, snapshot))
+
+
+def _run_of(inputs: dict[str, object], snapshot: Snapshot) -> Run:
+    return Run(snapshot.pipeline, str(inputs["run_id"]), 0, snapshot.digest, "", "", 0, "", "", unchanged=True)

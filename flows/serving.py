@@ -1,0 +1,147 @@
+"""What runs on this machine: the endpoint of each pipeline, the Prefect server and its worker."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deploy.process import Service, last_words, port_is_free, remember, running, start, stop
+from deploy.rollout import bento_folder, champion
+from pipelines.errors import MillraceError
+from pipelines.home import Home, process_env
+from pipelines.manifest import ROOT
+from pipelines.spec import Spec
+
+SERVER, WORKER = "prefect-server", "prefect-worker"
+
+
+def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool) -> Service | None:
+    """The endpoint of the champion: the one that runs, if it serves that release, else a new one.
+
+    In the foreground it returns None when the endpoint was stopped.
+    """
+    release = champion(home, spec.pipeline)
+    if release is None:
+        raise MillraceError(f"{spec.pipeline} has no champion to serve: type `millrace run {spec.pipeline}`")
+    offset = spec.clock.offset if spec.clock else 0
+    now = running(home, spec.pipeline)
+    wanted = port if port is not None else spec.serve.port
+    if now is not None:
+        if background and now.release == release.release and now.port == wanted and now.offset_us == offset:
+            return now
+        stop(now)
+    extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers)}
+    log = home.services(spec.pipeline) / "endpoint.log"
+    service = start(home, bento_folder(home, release), port=wanted, release=release.release, log=log, extra=extra)
+    remember(home, spec.pipeline, service)
+    if background:
+        return service
+    print(f"{release.release} answers on {service.url} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    try:
+        while service.alive():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop(service)
+    return None
+
+
+def stop_all(home: Home, pipeline: str | None) -> list[str]:
+    """Stops the endpoint of one pipeline, or every process of the home; names what was stopped."""
+    names = [pipeline] if pipeline else sorted(p.name for p in (home.root / "services").glob("*") if p.is_dir())
+    stopped = []
+    for name in names:
+        service = running(home, name)
+        if service is not None:
+            stop(service)
+            stopped.append(f"{name} on port {service.port}")
+    return stopped
+
+
+def status_of(home: Home) -> dict[str, Any]:
+    """Champion and endpoint of every pipeline, and the Prefect server."""
+    pipelines = sorted({p.name for kind in ("releases", "runs", "services") for p in (home.root / kind).glob("*")})
+    found: dict[str, Any] = {}
+    lines = []
+    for name in pipelines:
+        release, service = champion(home, name), running(home, name)
+        if release is None and service is None:
+            continue
+        found[name] = {"champion": release.release if release else "", "endpoint": asdict(service) if service else None}
+        where = f"{service.release} answers on {service.url}" if service else "no endpoint runs"
+        lines.append(f"{name}: champion {release.release if release else 'none'}; {where}")
+    return {"text": "\n".join(lines) or "nothing was released yet and nothing runs", "pipelines": found}
+
+
+@dataclass(frozen=True)
+class Started:
+    """What `up` started: lines for a person, and the address of the UI."""
+
+    lines: tuple[str, ...]
+    ui: str
+
+
+def prefect_api(home: Home) -> str:
+    """API address of the home's Prefect server, or empty when none runs."""
+    service = running(home, SERVER)
+    return f"{service.url}/api" if service else ""
+
+
+def start_prefect(home: Home, *, port: int, worker: bool) -> Started:
+    """The home's Prefect server, and a worker over the deployments of prefect.yaml; both stay running."""
+    server = running(home, SERVER) or _start_server(home, port)
+    lines = [f"Prefect UI: {server.url}"]
+    if worker and running(home, WORKER) is None:
+        lines.append(_start_worker(home, f"{server.url}/api"))
+    return Started(tuple(lines), server.url)
+
+
+def _start_server(home: Home, port: int) -> Service:
+    if not port_is_free(port):
+        raise MillraceError(f"port {port} is taken; stop what listens there, or type `millrace up --port PORT`")
+    url = f"http://127.0.0.1:{port}"
+    env = {"PREFECT_UI_API_URL": f"{url}/api", "PREFECT_API_URL": f"{url}/api"}
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    service = _spawn(home, SERVER, command, port, env)
+    deadline = time.monotonic() + 120
+    while service.alive() and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/api/health", timeout=5):
+                return service
+        except OSError:
+            time.sleep(0.2)
+    stop(service)
+    raise MillraceError(f"the Prefect server did not start: {last_words(Path(service.log))}")
+
+
+def _start_worker(home: Home, api: str) -> str:
+    env = {**os.environ, **process_env(home), "PREFECT_API_URL": api}
+    for command in (
+        ["prefect", "work-pool", "create", "local", "--type", "process", "--overwrite"],
+        ["prefect", "--no-prompt", "deploy", "--all"],
+    ):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise MillraceError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-400:]}")
+    _spawn(home, WORKER, ["flows.sweep", "--pool", "local"], 0, {"PREFECT_API_URL": api})
+    return "worker: takes the schedules of prefect.yaml"
+
+
+def _spawn(home: Home, name: str, command: list[str], port: int, extra: dict[str, str]) -> Service:
+    log = home.services(name) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **process_env(home), **extra}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, name, str(log))
+    remember(home, name, service)
+    return service

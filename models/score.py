@@ -1,0 +1,141 @@
+"""The model that ships: reads what training left and answers calibrated probabilities. B rows.
+
+Runs inside the serving process and in evaluation alike; imports numpy, onnxruntime and lightgbm, not torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import lightgbm as lgb
+import numpy as np
+import onnxruntime as ort
+
+from models.calibrate import Calibration, sigmoid
+from pipelines.errors import MillraceError
+from pipelines.manifest import read_json
+
+if TYPE_CHECKING:
+    from features.preprocess import Batch
+
+CHUNK = 8192  # rows at a time: bounds memory on large batches
+
+
+class Scorer(Protocol):
+    """One member: raw logits of a batch, float64 (B)."""
+
+    def logit(self, batch: "Batch") -> np.ndarray: ...
+
+
+class NetworkScorer:
+    """The exported network under ONNX Runtime, one thread."""
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.use_deterministic_compute = True
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        self._inputs = {node.name for node in self._session.get_inputs()}
+
+    def logit(self, batch: "Batch") -> np.ndarray:
+        inputs = {name: getattr(batch, name) for name in ("scaled", "codes") if name in self._inputs}
+        parts = [
+            self._session.run(["logit"], {name: value[i : i + CHUNK] for name, value in inputs.items()})[0]
+            for i in range(0, len(batch), CHUNK)
+        ]
+        return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+
+
+class TreeScorer:
+    """A LightGBM booster, one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._booster = lgb.Booster(model_str=path.read_text(encoding="utf-8"))
+
+    def logit(self, batch: "Batch") -> np.ndarray:
+        if not len(batch):
+            return np.empty(0)
+        return np.asarray(self._booster.predict(batch.trees, raw_score=True, num_threads=1), np.float64)
+
+
+_KINDS: dict[str, type[NetworkScorer] | type[TreeScorer]] = {"network": NetworkScorer, "gbdt": TreeScorer}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained model: its kind, the file that holds it, and its calibration."""
+
+    name: str
+    kind: str
+    file: str
+    calibration: Calibration
+
+
+class Model:
+    """What `model.json` describes: members, and the candidates made of them, one of which is chosen."""
+
+    def __init__(
+        self,
+        folder: Path,
+        chosen: str,
+        candidates: Mapping[str, Mapping[str, float]],
+        members: Mapping[str, Member],
+        prior: float,
+    ) -> None:
+        self.folder, self.chosen, self.candidates, self.members = folder, chosen, candidates, members
+        self.prior = prior  # share of positive labels in the training part
+        self._scorers: dict[str, Scorer] = {}
+        for name in candidates[chosen]:
+            self._scorer(name)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Model":
+        """The model of a folder, its chosen members loaded. Raises MillraceError naming what is missing."""
+        body = read_json(folder / "model.json")
+        members = {
+            m["name"]: Member(m["name"], m["kind"], m["file"], Calibration(m["a"], m["b"]))
+            for m in body["members"]
+        }
+        return cls(folder, body["chosen"], body["candidates"], members, body["prior"])
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What must ship for `predict`: file names inside the folder."""
+        return ("model.json", *(self.members[name].file for name in self.candidates[self.chosen]))
+
+    def predict(self, batch: "Batch") -> np.ndarray:
+        """Calibrated probability of the chosen candidate, float64 (B)."""
+        return self._candidate(self.chosen, {}, batch)
+
+    def members_predict(self, batch: "Batch") -> dict[str, np.ndarray]:
+        """Calibrated probability of every candidate whose files are here, chosen or not, by name."""
+        logits: dict[str, np.ndarray] = {}
+        return {
+            name: self._candidate(name, logits, batch)
+            for name, weights in self.candidates.items()
+            if all((self.folder / self.members[m].file).is_file() for m in weights)
+        }
+
+    def _candidate(self, name: str, logits: dict[str, np.ndarray], batch: "Batch") -> np.ndarray:
+        total = np.zeros(len(batch))
+        for member, weight in self.candidates[name].items():
+            if member not in logits:
+                logits[member] = self.members[member].calibration.logit(self._scorer(member).logit(batch))
+            total += weight * logits[member]
+        return sigmoid(total)
+
+    def _scorer(self, name: str) -> Scorer:
+        if name not in self._scorers:
+            member = self.members[name]
+            path = self.folder / member.file
+            if not path.is_file():
+                raise MillraceError(f"{path}: not found, but model.json needs it; package the release again")
+            try:
+                self._scorers[name] = _KINDS[member.kind](path)
+            except Exception as error:
+                raise MillraceError(
+                    f"{path}: not readable as {member.kind} ({error}); train again"
+                ) from error
+        return self._scorers[name]

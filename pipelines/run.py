@@ -1,0 +1,92 @@
+"""A run: its pinned inputs, its name, and its record. Everything later reads the pins, never the pointers."""
+
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.clock import iso, wall_us
+from pipelines.home import Home
+from pipelines.manifest import digest_of, read_json, write_json
+from pipelines.spec import Spec
+
+# what the answer to a question does not depend on: where it is served, and on how many processes
+_NOT_RESULT = {"serve": {"port", "workers", "log_flush"}, "train": {"ranks", "checkpoint_every", "max_restarts"},
+               "tune": {"workers"}, "sample": True}  # fmt: skip
+
+
+def result_spec(spec: Spec) -> dict[str, Any]:
+    """The part of a spec that a result depends on."""
+    return spec.model_dump(mode="json", by_alias=True, exclude=_NOT_RESULT)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pinned inputs of a run. Times are µs UTC; `parent` is the champion's release, or empty."""
+
+    pipeline: str
+    run_id: str
+    as_of_us: int
+    snapshot: str
+    previous_snapshot: str
+    parent: str
+    anchor_wall_us: int
+    spec_digest: str
+    code: str
+    unchanged: bool = False
+    line: str = ""
+
+    def says(self, line: str) -> "Run":
+        """The same run with a line about it."""
+        return replace(self, line=line)
+
+    def folder(self, home: Home) -> Path:
+        return home.runs(self.pipeline) / self.run_id
+
+    def spec(self, home: Home) -> Spec:
+        """The spec as it was when the run was pinned."""
+        body = read_json(self.folder(home) / "spec.json")
+        del body["format_version"]
+        return Spec.model_validate(body)
+
+
+_PINS = {f.name for f in fields(Run)} - {"unchanged", "line"}
+
+
+def finished(home: Home, pipeline: str) -> list[dict[str, Any]]:
+    """Manifests of the runs that ended, oldest first."""
+    found = [read_json(p) for p in home.runs(pipeline).glob("*/manifest.json")]
+    return sorted(found, key=lambda m: (m["finished_wall_us"], m["run_id"]))
+
+
+def unfinished(home: Home, pipeline: str) -> Run | None:
+    """The newest run of a pipeline that has pins and no manifest."""
+    folders = [p.parent for p in home.runs(pipeline).glob("*/inputs.json")]
+    open_ones = [f for f in folders if not (f / "manifest.json").exists()]
+    if not open_ones:
+        return None
+    newest = max(open_ones, key=lambda f: (f / "inputs.json").stat().st_mtime_ns)
+    body = read_json(newest / "inputs.json")
+    return Run(**{f.name: body[f.name] for f in fields(Run) if f.name in _PINS})
+
+
+def pin(
+    home: Home, spec: Spec, *, as_of_us: int, snapshot: str, previous: str, parent: str, code: str
+) -> Run:  # fmt: skip
+    """Writes the inputs of a new run, or says that the last one had the same (`unchanged`)."""
+    spec_digest = digest_of(result_spec(spec))
+    base = digest_of([spec.pipeline, spec_digest, as_of_us, snapshot, parent])[:12]
+    done = finished(home, spec.pipeline)
+    same = {"spec_digest": spec_digest, "as_of_us": as_of_us, "snapshot": snapshot, "code": code}
+    if done and all(done[-1]["inputs"].get(k) == v for k, v in same.items()):
+        inputs = done[-1]["inputs"]
+        return Run(**{f.name: inputs[f.name] for f in fields(Run) if f.name in _PINS}, unchanged=True)
+    attempt = 1 + len(list(home.runs(spec.pipeline).glob(f"{base}-*")))
+    run = Run(
+        spec.pipeline, f"{base}-{attempt}", as_of_us, snapshot, previous, parent, wall_us(), spec_digest, code
+    )
+    write_json(run.folder(home) / "spec.json", spec.model_dump(mode="json", by_alias=True))
+    body = {k: v for k, v in asdict(run).items() if k in _PINS}
+    flow_run = os.environ.get("PREFECT__FLOW_RUN_ID", "")
+    write_json(run.folder(home) / "inputs.json", {**body, "as_of": iso(as_of_us), "prefect_flow_run": flow_run})
+    return run

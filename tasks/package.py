@@ -1,0 +1,24 @@
+"""Stage 8a: only what serving needs becomes a bento, named by its contents."""
+
+from deploy.bundle import package_into
+from features.store import FeatureSet
+from pipelines.manifest import Artifact, make_artifact
+from pipelines.run import Run
+from tasks.policy import opened, stage, stage_key
+
+
+def _key(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> str:
+    return stage_key(run, "deploy", "package", model=model.digest, verdict=verdict.digest,
+                     defs=features.defs_digest, spec=run.spec_digest)  # fmt: skip
+
+
+@stage(key=_key, tags=["release"], timeout_s=900)
+def package(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> Artifact:
+    """Builds the bento, or finds the one with the same contents."""
+    home, spec = opened(run)
+    return make_artifact(
+        home.root, "package", _key(run, model, verdict, features),
+        lambda out: package_into(
+            spec, home, home.root / model.path, home.root / verdict.path, features.defs_digest, out
+        ),
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""What every stage has in common: retries, cache, timeout, name, its line on the terminal and its page in the UI."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.states import Completed, Failed
+from prefect.tasks import Task, exponential_backoff
+
+from deploy.record import Outcome, write_refusal
+from pipelines.clock import wall_us
+from pipelines.errors import Refused, UsageError
+from pipelines.home import Home, open_home
+from pipelines.manifest import Artifact, code_digest, digest_of, find_artifact, library_versions
+from pipelines.run import Run, unfinished
+from pipelines.spec import Spec, load_spec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def stage(
+    *, key: Callable[..., str] | None = None, retries: int = 2, timeout_s: int = 3_600, tags: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Makes a stage of a plain function whose first argument is a Run, or a pipeline's name.
+
+    With a `key` (of the same arguments) the stage is cached: the artifact folder is the truth, Prefect's record
+    follows it. A refusal or a bad spec is never retried.
+    """
+
+    def decorate(body: Callable[P, R]) -> Task[P, R]:
+        name = body.__name__
+
+        @wraps(body)
+        def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+            before, began = _cpu_s(), time.monotonic()
+            result = body(*args, **kwargs)
+            _record(name, args, result, time.monotonic() - began, _cpu_s() - before)
+            _page(name, result)
+            return result
+
+        def cache_key(context: TaskRunContext, arguments: dict[str, Any]) -> str | None:
+            return None if key is None else _verified(name, key(**arguments))
+
+        return task(
+            measured, name=name.replace("_", " "), task_run_name=_run_name, retries=retries,
+            retry_delay_seconds=exponential_backoff(backoff_factor=1), retry_jitter_factor=0.2,
+            retry_condition_fn=worth_retrying, timeout_seconds=timeout_s, tags=tags,
+            cache_key_fn=cache_key if key else None, persist_result=True, result_serializer="json",
+            on_completion=[_say],
+        )  # fmt: skip
+
+    return decorate
+
+
+def refusals(story: Callable[P, Outcome]) -> Callable[P, Any]:
+    """Ends a flow in a state named Refused: Failed where a contract said no, Completed where a gate did."""
+
+    @wraps(story)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Any:
+        home = open_home()
+        try:
+            outcome = story(*args, **kwargs)
+        except Refused as refusal:
+            run = unfinished(home, load_spec(str(next(iter((*args, *kwargs.values()))))).pipeline)
+            if run is not None:
+                write_refusal(home, run, str(refusal), refusal.report)
+            return Failed(name="Refused", message=str(refusal), data=refusal)
+        return Completed(name="Refused", data=outcome) if outcome.outcome == "refused" else outcome
+
+    return told
+
+
+def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again can help: not after a refusal, not with a wrong spec."""
+    try:
+        state.result()
+    except (Refused, UsageError):
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def stage_key(run: Run, layer: str, stage: str, **reads: Any) -> str:
+    """Digest of the outputs and parameters that a stage reads, its code and the libraries of its layer."""
+    return digest_of([stage, run.pipeline, code_digest(layer), library_versions(*_LIBRARIES[layer]), reads])
+
+
+_LIBRARIES = {
+    "features": ("numpy", "pyarrow", "feast"),
+    "models": ("numpy", "pyarrow", "torch", "pytorch-lightning", "lightgbm", "optuna", "onnx", "onnxruntime"),
+    "deploy": ("numpy", "pyarrow", "lightgbm", "onnxruntime", "bentoml"),
+}
+
+
+def opened(run: Run) -> tuple[Home, Spec]:
+    """The home and the run's own spec."""
+    home = open_home()
+    return home, run.spec(home)
+
+
+def _verified(name: str, key: str) -> str:
+    """The key; where its folder is gone or broken, Prefect's record of it is removed first."""
+    if find_artifact(open_home().root, name, key) is None:
+        storage = os.environ.get("PREFECT_LOCAL_STORAGE_PATH")
+        if storage:
+            (Path(storage) / key).unlink(missing_ok=True)
+    return key
+
+
+def _run_name() -> str:
+    from prefect.runtime import task_run
+
+    subject = next(iter(task_run.parameters.values()), "")
+    pipeline = subject.pipeline if isinstance(subject, Run) else subject
+    return f"{task_run.task_name} · {pipeline}"
+
+
+def _cpu_s() -> float:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def _record(name: str, args: Sequence[Any], result: Any, seconds: float, cpu_s: float) -> None:
+    """Appends what the stage cost to the run's `stages.jsonl`: seconds, CPU seconds, peak MB."""
+    run = result if isinstance(result, Run) else next((a for a in args if isinstance(a, Run)), None)
+    if run is None:
+        return
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    line = {"stage": name, "seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3),
+            "peak_mb": max(peaks) // 1024, "ended_us": wall_us(), "line": getattr(result, "line", "")}  # fmt: skip
+    path = run.folder(open_home()) / "stages.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _page(name: str, result: Any) -> None:
+    """Shows the stage's own page, where it left one, as an artifact in the Prefect UI."""
+    if not isinstance(result, Artifact):
+        return
+    folder = open_home().root / result.path
+    page = next((p for p in (folder / "page.md", folder / "volatile" / "page.md") if p.is_file()), None)
+    if page is not None:
+        create_markdown_artifact(page.read_text(encoding="utf-8"), key=name.replace("_", "-"), description=result.line)
+
+
+def _say(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
+    """One line on the terminal: stage, seconds, what it did."""
+    result = state.result(raise_on_failure=False)
+    spent = "cached" if state.name == "Cached" else f"{task_run.total_run_time.total_seconds():.1f} s"
+    print(f"  {task.name:<13} {spent:>8}  {getattr(result, 'line', '')}", file=sys.stderr, flush=True)

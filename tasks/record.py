@@ -1,0 +1,20 @@
+"""The record of a run: manifest, report and model card. Written after the pointer has moved."""
+
+from deploy.record import Outcome, write_record
+from deploy.rollout import Released
+from features.store import FeatureSet
+from pipelines.manifest import Artifact
+from pipelines.run import Run
+from tasks.policy import opened, stage
+
+
+@stage(tags=["release"], timeout_s=600)
+def record(
+    run: Run, checked: Artifact, features: FeatureSet, data: Artifact, study: Artifact, model: Artifact,
+    verdict: Artifact, bento: Artifact | None, flight: Artifact | None, released: Released,
+) -> Outcome:  # fmt: skip
+    """`manifest.json`, `report.html` and `model_card.md` in the run's folder."""
+    home, spec = opened(run)
+    stages = {"contract": checked, "training_set": data, "tune": study, "train": model, "evaluate": verdict,
+              "package": bento, "preflight": flight}  # fmt: skip
+    return write_record(spec, home, run, features, stages, released)

@@ -1,0 +1,14 @@
+"""Stage 9: on both verdicts the pointer moves; on either the served store is fed. Idempotent, never cached."""
+
+from deploy.rollout import Released, release_run
+from features.store import FeatureSet
+from pipelines.manifest import Artifact
+from pipelines.run import Run
+from tasks.policy import opened, stage
+
+
+@stage(tags=["release"], timeout_s=900)
+def release(run: Run, features: FeatureSet, verdict: Artifact, bento: Artifact | None, checked: Artifact | None) -> Released:
+    """Promotes by compare-and-set against the pinned parent, or says why not, and feeds every kept release."""
+    home, spec = opened(run)
+    return release_run(spec, home, run, features, verdict, bento, checked)

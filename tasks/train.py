@@ -1,0 +1,22 @@
+"""Stage 6: the network on N ranks, LightGBM on the same rows, calibration and choice on valid_select."""
+
+from models.candidate import train_candidates
+
+from pipelines.manifest import Artifact, make_artifact
+from pipelines.run import Run
+from tasks.policy import opened, stage, stage_key
+
+
+def _key(run: Run, data: Artifact, study: Artifact) -> str:
+    return stage_key(run, "models", "train", data=data.digest, study=study.digest, spec=run.spec_digest)
+
+
+@stage(key=_key, tags=["model"], timeout_s=24 * 3_600)
+def train(run: Run, data: Artifact, study: Artifact) -> Artifact:
+    """Every candidate, calibrated, and which of them is chosen. Resumes from the newest checkpoint."""
+    home, spec = opened(run)
+    job = run.folder(home) / "checkpoints"
+    return make_artifact(
+        home.root, "train", _key(run, data, study),
+        lambda out: train_candidates(spec, home.root / data.path, home.root / study.path, job, out),
+    )  # fmt: skip
