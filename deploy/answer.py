@@ -1,4 +1,4 @@
-"""`python -m deploy.answer FRAME OUT`, run inside a bento: its answers to a frame of features, as it would serve them."""
+"""`python -m deploy.answer FRAME OUT`, run inside a bento: its answers to a frame of features, as it serves them."""
 
 import deploy.imports
 

@@ -84,9 +84,7 @@ def _build(home: Home, scratch: Path, name: str, version: str, pins: dict[str, s
         "include": ["**/*"], "exclude": ["**/__pycache__/**"],
         "python": {"packages": [f"{n}=={v}" for n, v in pins.items()], "lock_packages": False},
     }  # fmt: skip
-    code = (
-        "import json, sys, bentoml; o = json.loads(sys.argv[1]); bentoml.bentos.build(o.pop('service'), **o)"
-    )
+    code = "import json, sys, bentoml; o = json.loads(sys.argv[1]); bentoml.bentos.build(o.pop('service'), **o)"
     env = {**os.environ, **process_env(home), "PYTHONPATH": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(options)], cwd=scratch, env=env, capture_output=True, text=True,
@@ -102,7 +100,9 @@ def package_into(spec: Spec, home: Home, model: Path, verdict: Path, defs_digest
     with tempfile.TemporaryDirectory(dir=home.root) as scratch:
         bento = build_bento(spec, home, files, defs_digest, Path(scratch))
     write_json(out / "bento.json", asdict(bento))
-    write_page(out / "page.md", f"{spec.pipeline}: bento", [("Bento", [("tag", bento.tag), ("MB", f"{bento.size_mb:g}")])])
+    write_page(
+        out / "page.md", f"{spec.pipeline}: bento", [("Bento", [("tag", bento.tag), ("MB", f"{bento.size_mb:g}")])]
+    )
     return Note(f"{bento.tag}, {bento.size_mb:.1f} MB")
 
 

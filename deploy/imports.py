@@ -12,7 +12,9 @@ OURS = ("pipelines", "features", "models", "deploy", "tasks", "flows")
 
 
 class _Guard(MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name.partition(".")[0] in REFUSED:
             raise ModuleNotFoundError(f"{name} is not available to a serving process", name=name)
         return None

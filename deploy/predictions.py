@@ -56,7 +56,8 @@ class PredictionLog:
     def _run(self) -> None:
         ending = False
         while not ending:
-            batch, deadline = [], None
+            batch: list[Entry] = []
+            deadline: float | None = None
             while not ending:
                 wait = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:

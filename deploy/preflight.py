@@ -49,6 +49,7 @@ class Preflight:
     latency_ms: dict[str, float]
     size_mb: float
     ready_s: float
+    example: dict[str, Any]
 
 
 def preflight(
@@ -64,7 +65,7 @@ def preflight(
     try:
         service = start(home, folder, port=free_port(), release=bento.tag, log=scratch / "service.log", extra=extra)
     except MillraceError as error:
-        return Preflight(False, (str(error),), 0, 0, 0, float("nan"), {}, bento.size_mb, 0.0)
+        return Preflight(False, (str(error),), 0, 0, 0, -1.0, {}, bento.size_mb, 0.0, {})
     ready = time.monotonic() - began
     try:
         return _compare(spec, home, bento, data, features, service, ready)
@@ -91,7 +92,7 @@ def _compare(
     if status != 200 or proof["refused"] or proof["outside"]:
         reasons.append(f"imports: the serving process holds {proof}")
     return Preflight(not reasons, tuple(reasons), len(test), len(requests), cells, max(gap_a, gap_b), latency,
-                     bento.size_mb, round(ready, 3))  # fmt: skip
+                     bento.size_mb, round(ready, 3), requests[0] if requests else {})  # fmt: skip
 
 
 def _by_features(data: TrainingSet, test: np.ndarray, model: Model, service: Service, reasons: list[str]) -> float:

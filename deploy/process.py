@@ -61,7 +61,9 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def start(home: Home, bento: Path, *, port: int, release: str, log: Path, extra: dict[str, str], wait_s: float = 90) -> Service:
+def start(
+    home: Home, bento: Path, *, port: int, release: str, log: Path, extra: dict[str, str], wait_s: float = 90
+) -> Service:
     """An endpoint that answered /readyz. Raises MillraceError with its last words when it does not come up."""
     if not port_is_free(port):
         raise MillraceError(

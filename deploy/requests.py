@@ -105,7 +105,7 @@ def _value(where: str, value: object, kind: str) -> Any:
     }[kind]
     if not fits:
         raise BadRequest(422, f"{where} is {_kind(value)}; send a {_WANTED[kind]}")
-    if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type, operator]
+    if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type]
         raise BadRequest(422, f"{where} is out of range; send a finite number")
     if isinstance(value, str) and (len(value) > 1_000 or "\x1f" in value):
         raise BadRequest(422, f"{where} is longer than 1,000 characters or holds a control character")

@@ -78,7 +78,8 @@ class Endpoint:
         self._refuse_conflicts(rows, served)
         scores = self.model.predict(self.preprocess.transform(served.frame))
         stale_after = self.spec.serve.stale_after
-        answers, entries = [], []
+        answers: list[dict[str, Any]] = []
+        entries: list[tuple[dict[str, Any], dict[str, str]]] = []
         request_id = uuid.uuid4().hex
         for i, row in enumerate(rows):
             answer = {
@@ -112,7 +113,7 @@ class Endpoint:
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]]}
             for i, s in enumerate(scores)
         ]
-        entries = [({**a, "key": {}}, {}) for a in answers]
+        entries: list[tuple[dict[str, Any], dict[str, str]]] = [({**a, "key": {}}, {}) for a in answers]
         self._log("predict_features", request_id, now, began, frame, entries)
         return {**self._head(request_id, now), "rows": answers}
 

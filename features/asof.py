@@ -26,8 +26,8 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.utils import _get_requested_feature_views_to_features_dict
 
-from features.keys import codes_of, text_keys
-from features.windows import Versions, as_of, int_times, latest_steps, previous
+from features.keys import codes_of, key_runs, text_keys
+from features.windows import TIME, Versions, as_of, int_times, latest_steps, previous
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Latest, Source
@@ -145,7 +145,9 @@ def _path(config: RepoConfig, source: DataSource) -> Path:
     return path if path.is_absolute() else Path(config.repo_path or ".") / path
 
 
-def _between(config: RepoConfig, source: DataSource, field: str, start: datetime | None, end: datetime | None) -> pa.Table:
+def _between(
+    config: RepoConfig, source: DataSource, field: str, start: datetime | None, end: datetime | None
+) -> pa.Table:
     table = pq.read_table(_path(config, source))
     t = int_times(table[field])
     lowest = MISSING if start is None else int(pd.Timestamp(start).timestamp() * 1e6)
@@ -153,7 +155,9 @@ def _between(config: RepoConfig, source: DataSource, field: str, start: datetime
     return table.filter(pa.array((t >= lowest) & (t <= highest)))
 
 
-def _join(config: RepoConfig, view: FeatureView, features: Sequence[str], rows: pa.Table, t: np.ndarray) -> list[pa.ChunkedArray]:
+def _join(
+    config: RepoConfig, view: FeatureView, features: Sequence[str], rows: pa.Table, t: np.ndarray
+) -> list[pa.ChunkedArray]:
     """One column per feature, aligned with the rows."""
     source = view.batch_source
     assert source is not None
@@ -164,11 +168,13 @@ def _join(config: RepoConfig, view: FeatureView, features: Sequence[str], rows: 
     back = {new: old for old, new in mapping.items()}
     path, kind = _path(config, source), view.tags.get("millrace.kind")
     if kind == "sequence":
-        table = pq.read_table(path)
-        found = _previous(table, asked, t, int_times(rows[view.tags["millrace.order"]]), int(view.tags["millrace.within"]))
+        table = pq.read_table(path, read_dictionary=["chain"])
+        own = int_times(rows[view.tags["millrace.order"]])
+        found = _previous(table, asked, t, own, int(view.tags["millrace.within"]))
         columns = table
     elif kind in ("steps", "ago"):
-        columns = pq.read_table(path, columns=["key", source.timestamp_field, *(back.get(f, f) for f in features)])
+        names = ["key", source.timestamp_field, *(back.get(f, f) for f in features)]
+        columns = pq.read_table(path, columns=names, read_dictionary=["key"])
         step_t = int_times(columns[source.timestamp_field])
         keys, start = key_runs(columns["key"])
         found = as_of(start, step_t, codes_of(asked, keys), t)
@@ -181,22 +187,15 @@ def _join(config: RepoConfig, view: FeatureView, features: Sequence[str], rows: 
     return [columns[back.get(f, f)].take(take) for f in features]
 
 
-def key_runs(keys: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """Distinct values of a sorted key column and where each begins (K + 1)."""
-    array = keys.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    encoded = pc.run_end_encode(array)
-    ends = encoded.run_ends.to_numpy()
-    return encoded.values, np.concatenate([[0], ends]).astype(np.int64)
-
-
 def _previous(table: pa.Table, asked: pa.Array, t: np.ndarray, own: np.ndarray, within: int) -> np.ndarray:
     keys, start = key_runs(table["chain"])
-    order, live_from, live_to = (table[c].to_numpy() for c in ("order", "live_from", "live_to"))
-    return previous(start, order, live_from, live_to, codes_of(asked, keys), t, own, within)
+    order, live_to = (table[c].to_numpy() for c in ("order", "live_to"))
+    return previous(start, order, int_times(table[TIME]), live_to, codes_of(asked, keys), t, own, within)
 
 
-def _newest_known(table: pa.Table, view: FeatureView, source: DataSource, key: list[str], asked: pa.Array, t: np.ndarray) -> np.ndarray:
+def _newest_known(
+    table: pa.Table, view: FeatureView, source: DataSource, key: list[str], asked: pa.Array, t: np.ndarray
+) -> np.ndarray:
     event = int_times(table[source.timestamp_field])
     known = event
     if source.created_timestamp_column:

@@ -105,7 +105,7 @@ def _judged(spec: Spec, tables: dict[str, pa.Table], previous: Snapshot | None) 
 
 def type_rule(name: str) -> Rule:
     """That every declared column is there, with its type: one question over the list of columns."""
-    return Rule(name, "type", ("declared", "found"), "every column is there, with the type that the spec says",
+    return Rule(name, "type", ("declared", "found"), "every column must be there, with the type that the spec says",
                 "the declared types", "missing or of another type", "ExpectColumnPairValuesToBeEqual",
                 {"column_A": "found", "column_B": "declared"})  # fmt: skip
 
@@ -119,12 +119,12 @@ def value_rules(name: str, source: Source, timed: bool, rows_before: int | None)
         rules += _column_rules(name, column, declared, 0.0 if column in never_null else declared.nulls)
     rules += _time_rules(name, source)
     for low, high in source.order:
-        most = "not after" if source.columns[low].type == "timestamp" else "at most"
-        rules.append(_pair_rule(name, "order", source, low, high, f"{low} is {most} {high}"))
+        most = "not be after" if source.columns[low].type == "timestamp" else "be at most"
+        rules.append(_pair_rule(name, "order", source, low, high, f"{low} must {most} {high}"))
     for reference in source.references:
         columns, share = reference.columns, reference.share
         found = f"found in {reference.to}"
-        words = f"{_and(columns)} {'is' if len(columns) == 1 else 'are'} {found}"
+        words = f"{_and(columns)} must be {found}"
         at_least = "all" if share == 1 else f"at least {percent(share)}"
         rules.append(
             Rule(name, "references", columns, words if share == 1 else f"{words} in {at_least} of the rows",
@@ -137,12 +137,12 @@ def value_rules(name: str, source: Source, timed: bool, rows_before: int | None)
 
 def _row_rules(name: str, source: Source, before: int | None) -> Iterator[Rule]:
     ask = "ExpectTableRowCountToBeBetween"
-    yield Rule(name, "rows_min", (), f"{name} has at least {source.rows_min:,} row{_s(source.rows_min)}",
+    yield Rule(name, "rows_min", (), f"{name} must have at least {source.rows_min:,} row{_s(source.rows_min)}",
                f"at least {source.rows_min:,}", "", ask, {"min_value": source.rows_min})  # fmt: skip
     if before is not None:
         least = math.ceil(round(before * (1 - source.rows_shrink), 6))
-        loss = f"loses at most {percent(source.rows_shrink)} of its rows" if source.rows_shrink else "loses no rows"
-        yield Rule(name, "rows_shrink", (), f"{name} {loss}",
+        loss = f"lose more than {percent(source.rows_shrink)} of its rows" if source.rows_shrink else "lose rows"
+        yield Rule(name, "rows_shrink", (), f"{name} must not {loss}",
                    f"at least {least:,} (the previous snapshot had {before:,})", "", ask,
                    {"min_value": least})  # fmt: skip
 
@@ -155,7 +155,7 @@ def _key_columns(source: Source, timed: bool) -> tuple[str, ...]:
 def _key_rules(name: str, source: Source, timed: bool) -> Iterator[Rule]:
     columns = _key_columns(source, timed)
     labels = [_LABELS.get(c, c) for c in columns]
-    text = ("key", columns, f"no two rows have the same {_and(labels)}", "every row once",
+    text = ("key", columns, f"no two rows may have the same {_and(labels)}", "every row once",
             "share it with another row")  # fmt: skip
     if len(columns) == 1:
         yield Rule(name, *text, "ExpectColumnValuesToBeUnique", {"column": columns[0]})
@@ -167,7 +167,7 @@ def _key_rules(name: str, source: Source, timed: bool) -> Iterator[Rule]:
 
 def _null_rule(name: str, column: str, read: str, nulls: float) -> Rule:
     label = _LABELS.get(column, column)
-    words = f"{label} is null in at most {percent(nulls)} of the rows" if nulls else f"{label} is never null"
+    words = f"{label} may be null in at most {percent(nulls)} of the rows" if nulls else f"{label} must not be null"
     return Rule(name, "nulls", (column,), words, f"at most {percent(nulls)} null" if nulls else "no nulls", "null",
                 "ExpectColumnValuesToNotBeNull", {"column": read, "mostly": round(1 - nulls, 12)})  # fmt: skip
 
@@ -177,22 +177,22 @@ def _column_rules(name: str, column: str, declared: Column, nulls: float) -> Ite
     if nulls < 1:
         yield _null_rule(name, column, f"~kind {column}" if number else column, nulls)
     if number:
-        yield Rule(name, "finite", (column,), f"{column} holds finite numbers only", "neither NaN nor infinite",
+        yield Rule(name, "finite", (column,), f"{column} must hold finite numbers only", "neither NaN nor infinite",
                    "not finite", "ExpectColumnValuesToBeInSet",
                    {"column": f"~kind {column}", "value_set": ["number"]})  # fmt: skip
     if declared.min is not None or declared.max is not None:
         limits = _limits(declared.min, declared.max)
-        yield Rule(name, "range", (column,), f"{column} is {limits}", limits, "outside",
+        yield Rule(name, "range", (column,), f"{column} must be {limits}", limits, "outside",
                    "ExpectColumnValuesToBeBetween",
                    {"column": column, "min_value": declared.min, "max_value": declared.max})  # fmt: skip
     read = column if text else f"~text {column}"
     if declared.values is not None:
         listed = f"one of {', '.join(declared.values)}"
-        yield Rule(name, "values", (column,), f"{column} is {listed}", listed, "something else",
+        yield Rule(name, "values", (column,), f"{column} must be {listed}", listed, "something else",
                    "ExpectColumnValuesToBeInSet",
                    {"column": read, "value_set": list(declared.values)})  # fmt: skip
     if declared.pattern is not None:
-        yield Rule(name, "pattern", (column,), f"{column} matches {declared.pattern}", declared.pattern, "different",
+        yield Rule(name, "pattern", (column,), f"{column} must match {declared.pattern}", declared.pattern, "different",
                    "ExpectColumnValuesToMatchRegex", {"column": read, "regex": declared.pattern})  # fmt: skip
 
 
@@ -204,14 +204,18 @@ def _time_rules(name: str, source: Source) -> Iterator[Rule]:
     if source.known_at.arrival:
         yield _null_rule(name, KNOWN, KNOWN, 0.0)
     if source.kind == "observation":
-        words = f"nothing is known before it happens: {source.event_time} is not after {_LABELS.get(known, known)}"
-        yield _pair_rule(name, "known_at", source, source.event_time, known, words)
+        words = (
+            f"nothing may be known before it happens: {source.event_time} must not be after {_LABELS.get(known, known)}"
+        )
+        yield _pair_rule(name, "known_at", source, source.event_time, known, words, wrong="known too early")
 
 
-def _pair_rule(name: str, rule: str, source: Source, low: str, high: str, words: str) -> Rule:
+def _pair_rule(
+    name: str, rule: str, source: Source, low: str, high: str, words: str, *, wrong: str = "the other way round"
+) -> Rule:
     side = {c: f"~plain {c}" if c in source.columns and source.columns[c].type == "string" else c for c in (low, high)}
     return Rule(
-        name, rule, (low, high), words, f"{low} ≤ {_LABELS.get(high, high)}", "the other way round",
+        name, rule, (low, high), words, f"{low} ≤ {_LABELS.get(high, high)}", wrong,
         "ExpectColumnPairValuesAToBeGreaterThanB",
         # Without ignore_row_if a null on either side counts as a violation.
         {"column_A": side[high], "column_B": side[low], "or_equal": True, "ignore_row_if": "either_value_is_missing"},
@@ -377,9 +381,10 @@ def _check(rule: Rule, result: Any, frame: pd.DataFrame, table: pa.Table, key: t
     check = replace(check, count=count, of=of, found=_found(rule, count, of, frame, facts))
     if verdict == "passed":
         return check
-    columns = tuple(dict.fromkeys((*key, *rule.columns)))
+    before = [c for c in key if c not in rule.columns or c != key[-1]]  # known-at stands beside what it is held to
+    columns = tuple(dict.fromkeys((*before, *rule.columns)))
     at = [int(position) for position in facts.get("partial_unexpected_index_list", ())[:SAMPLES]]
-    rows = _times_as_text(table.select(columns).take(at)).to_pylist()
+    rows = _times_as_text(table.select(columns).take(pa.array(at, pa.int64()))).to_pylist()
     return replace(
         check,
         sample_columns=tuple(_LABELS.get(c, c) for c in columns),
@@ -396,10 +401,9 @@ def _found(rule: Rule, count: int, of: int, frame: pd.DataFrame, facts: dict[str
     if of == 0:
         return "nothing to check"
     unit = "column" if rule.name == "type" else "row" if len(rule.columns) > 1 else "value"
-    if count == 0:
-        text = f"all {of:,} {unit}s" if of > 1 else f"the one {unit}"
-    elif count == of:
-        text = f"all {of:,} {unit}{_s(of)} {rule.wrong}"
+    if count in (0, of):
+        text = f"all {of:,} {unit}s" if of > 1 else f"the only {unit}"
+        text += f" {rule.wrong}" if count else ""
     else:
         text = f"{count:,} of {of:,} {unit}s ({percent(count / of)}) {rule.wrong}"
     if rule.name == "range":
@@ -427,7 +431,7 @@ def _show(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, float):
-        return "NaN" if math.isnan(value) else _number(value) if math.isfinite(value) else f"{value:+}inity"
+        return "NaN" if math.isnan(value) else f"{value:.15g}" if math.isfinite(value) else f"{value:+}inity"
     if isinstance(value, str):
         plain = value.isprintable() and value == value.strip() and value not in ("", "null")
         short = value if len(value) <= 60 else value[:59] + "…"

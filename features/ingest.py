@@ -60,8 +60,8 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
         entry = index.get(name)
         source = spec.sources[name.split("/")[0]]
         columns = _columns_digest(source, spec.timed)
-        read = entry is not None and entry.get("columns") == columns  # else the spec reads other columns now
-        if read and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        read = entry if entry and entry.get("columns") == columns else None  # else the spec has changed
+        if read and (read["size"], read["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             continue
         data = path.read_bytes()
         sha = hashlib.sha256(data).hexdigest()
@@ -71,7 +71,7 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
                 "put the old file back and land the correction as a new file"
             )
         if read:
-            index[name] = {**entry, "mtime_ns": stat.st_mtime_ns}
+            index[name] = {**read, "mtime_ns": stat.st_mtime_ns}
             continue
         table = _read_file(name, data, source, spec.timed)
         index[name] = {
@@ -79,7 +79,7 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
             "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home),
             "columns": columns,
         }  # fmt: skip
-        new += not entry
+        new += entry is None
     snapshot = _publish(spec, home, index, new)
     write_json(index_path, {"files": index})
     return snapshot

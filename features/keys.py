@@ -16,7 +16,7 @@ def text_keys(columns: Sequence[pa.Array | pa.ChunkedArray], length: int) -> pa.
     """
     parts = []
     for column in columns:
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        array = one_chunk(column)
         if pa.types.is_timestamp(array.type):
             array = array.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
         parts.append(array if pa.types.is_string(array.type) else array.cast(pa.string()))
@@ -37,16 +37,32 @@ def text_key(values: Sequence[object]) -> str | None:
     return SEPARATOR.join(parts)
 
 
+def one_chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The distinct non-null keys in order, and the position of each key among them (int64, −1 where null)."""
+    encoded = keys.dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary)
+    rank = np.full(len(order) + 1, -1)
+    rank[order.to_numpy()] = np.arange(len(order))
+    return encoded.dictionary.take(order), rank[encoded.indices.fill_null(len(order)).to_numpy()]
+
+
 def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
     """Position of each key in `known` (int64), −1 where it is null or not there."""
     found = pc.index_in(keys, value_set=known, skip_nulls=True)
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def sorted_unique(keys: pa.Array) -> pa.Array:
-    """The distinct non-null keys in order."""
-    unique = pc.drop_null(pc.unique(keys))
-    return unique.take(pc.sort_indices(unique))
+def key_runs(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Keys of a sorted dictionary column, and where each begins (K + 1)."""
+    array = one_chunk(column.unify_dictionaries())
+    codes = array.indices.to_numpy()
+    begins = np.flatnonzero(np.diff(codes, prepend=-1))
+    return array.dictionary.take(pa.array(codes[begins])), np.append(begins, len(codes))
 
 
 def key_arrays(table: pa.Table, names: Sequence[str]) -> list[pa.ChunkedArray]:

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.frame import assemble, is_missing
-from features.keys import request_key, text_key
-from features.windows import Columns, Stored, as_of, int_times, previous, stored_views
+from features.keys import key_runs, request_key, text_key
+from features.windows import TIME, Columns, Stored, as_of, int_times, previous, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.spec import Sequence as Chain
@@ -106,8 +106,9 @@ def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str)
     store.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(store / "store.sqlite", timeout=60, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("CREATE TABLE IF NOT EXISTS cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID")
-        db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
+                      "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
+            db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
         db.execute("BEGIN IMMEDIATE")
         try:
             held = dict(db.execute("SELECT name, value FROM meta").fetchall())
@@ -135,30 +136,30 @@ def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str)
 def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list[str], np.ndarray, pa.Table]:
     """The rows of a view that are needed from the anchor on, by key."""
     if layout.view == ROWS:
-        table = pq.read_table(features / "online_rows.parquet")
-        table = table.filter(pc.greater(table["live_to"], anchor))
-        return _by_key(table, "key")
-    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False)
-    if layout.times[0] == "order":
+        table = pq.read_table(features / "online_rows.parquet", read_dictionary=["key"])
+        return _by_key(table.filter(pc.greater(table["live_to"], anchor)), "key")
+    sequence = layout.times[0] == "order"
+    key, time = ("chain", "live_from") if sequence else ("key", "t")
+    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False, read_dictionary=[key])
+    table = table.rename_columns([time if name == TIME else name for name in table.column_names])
+    if sequence:
         view = spec.features.views[layout.view].shape
         assert isinstance(view, Chain)
         near = pc.greater_equal(table["order"], anchor - RECENT - view.within)
-        return _by_key(table.filter(pc.and_(near, pc.greater(table["live_to"], anchor))), "chain")
-    t = table["t"].to_numpy()
-    later = t > anchor
-    keys = table["key"].combine_chunks()
-    last = np.append(pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False).astype(bool), True)[: len(t)]
-    followed = np.append(later[1:], False)[: len(t)]
-    current = ~later & (last | followed)
-    return _by_key(table.filter(pa.array(later | current)), "key")
+        return _by_key(table.filter(pc.and_(near, pc.greater(table["live_to"], anchor))), key)
+    later = int_times(table["t"]) > anchor
+    start = key_runs(table[key])[1]
+    last = np.zeros(len(later), bool)
+    last[start[1:] - 1] = True
+    followed = np.append(later[1:], False)[: len(later)]
+    return _by_key(table.filter(pa.array(later | last | followed)), key)
 
 
 def _by_key(table: pa.Table, column: str) -> tuple[list[str], np.ndarray, pa.Table]:
     if not table.num_rows:
         return [], np.zeros(1, np.int64), table
-    encoded = pc.run_end_encode(pa.concat_arrays(table[column].chunks))
-    start = np.concatenate([[0], encoded.run_ends.to_numpy()]).astype(np.int64)
-    return encoded.values.to_pylist(), start, table
+    keys, start = key_runs(table[column])
+    return keys.to_pylist(), start, table
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def _column(kind: str, stored: np.ndarray | None, there: np.ndarray, asked: np.n
     if asked is not None:
         given = ~there & np.array([v is not None for v in asked], bool)
         if given.any():
-            values[given] = [v if kind == "string" else int(v) if kind == "timestamp" else float(v) for v in asked[given]]
+            number = {"string": str, "timestamp": int}.get(kind, float)
+            values[given] = [number(v) for v in asked[given]]
     if stored is not None:
         values[there] = stored[there]
     return values

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from features.keys import codes_of, key_arrays, sorted_unique, text_keys
-from features.windows import first_known, holds, int_times, versions
+from features.keys import codes_of, grouped, key_arrays, text_keys
+from features.windows import closing_facts, first_known, holds, int_times, versions
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import Refused
 from pipelines.spec import HashSplit, Spec, TimeSplit
@@ -37,8 +37,7 @@ def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> R
     source = spec.row_source
     v = versions(tables[spec.rows.source], source)
     names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
-    keys = sorted_unique(names)
-    codes = codes_of(names, keys)
+    keys, codes = grouped(names)
     counts = {"keys": len(keys)}
     if spec.predict_at is not None:
         due = int_times(v.table[spec.predict_at.column])
@@ -54,7 +53,7 @@ def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> R
     counts["without_version_in_time"] = int((chosen < 0).sum())
     chosen = chosen[chosen >= 0]
     if spec.closed_by:
-        closed = first_known(v.table.take(pa.array(chosen)), [tables[c] for c in spec.closed_by], spec.row_key)
+        closed = first_known(names.take(pa.array(chosen)), closing_facts(spec, tables))
         too_late = closed <= t[chosen]
         counts["closed_before_asked"] = int(too_late.sum())
         chosen = chosen[~too_late]

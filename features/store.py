@@ -22,7 +22,17 @@ from features.frame import as_array, assemble, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import key_arrays, text_keys
 from features.online import RECENT
-from features.windows import Columns, Stored, build_view, first_known, int_times, stored_views, versions
+from features.windows import (
+    TIME,
+    Columns,
+    Facts,
+    build_views,
+    closing_facts,
+    first_known,
+    int_times,
+    stored_views,
+    versions,
+)
 from pipelines.clock import MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
@@ -43,12 +53,15 @@ class FeatureSet:
     snapshot: str
     since_us: int
     rows: int
+    line: str = ""
 
 
 def defs_digest(spec: Spec) -> str:
     """Digest of everything in a spec that says what a feature is."""
     return digest_of(
-        spec.model_dump(mode="json", include={"pipeline", "time", "sources", "rows", "predict_at", "closed_by", "features"})
+        spec.model_dump(
+            mode="json", include={"pipeline", "time", "sources", "rows", "predict_at", "closed_by", "features"}
+        )
     )
 
 
@@ -74,21 +87,9 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "views").mkdir(parents=True)
+    scratch.mkdir(parents=True)
     tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
-    views = stored_views(spec)
-
-    def write(stored: Stored) -> int:
-        table = build_view(spec, stored, tables, since)
-        time = "live_from" if stored.kind == "sequence" else "t"
-        stamp = table[time].cast(pa.timestamp("us", "UTC"))
-        table = table.append_column("event_timestamp", stamp)
-        pq.write_table(table, scratch / "views" / f"{stored.name}.parquet", compression="zstd", compression_level=1,
-                       use_dictionary=_strings(table))  # fmt: skip
-        return table.num_rows
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = sum(pool.map(write, views))
+    rows = write_views(spec, tables, scratch, since)
     pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
     files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
     apply_feast(spec, scratch)
@@ -101,20 +102,43 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     return _feature_set(home, folder, done)
 
 
+def write_views(spec: Spec, tables: Mapping[str, pa.Table], folder: Path, since: int = MISSING) -> int:
+    """Writes `views/*.parquet`, right for every t ≥ since (µs); the number of their rows."""
+    (folder / "views").mkdir(parents=True, exist_ok=True)
+    facts = Facts(spec, tables, since)
+
+    def write(view: str) -> int:
+        rows = 0
+        for stored, table in build_views(facts, view):
+            write_view(table, folder / "views" / f"{stored.name}.parquet")
+            rows += table.num_rows
+        return rows
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(write, spec.features.views))
+
+
+def write_view(table: pa.Table, path: Path) -> None:
+    """Sorted integers as packed differences, everything else as codes of a dictionary: small without compression."""
+    packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
+    pq.write_table(
+        table, path, compression="none", write_statistics=False, store_schema=False,
+        use_dictionary=[name for name in table.column_names if name not in packed],
+        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
+    )  # fmt: skip
+
+
 def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSet:
     return FeatureSet(home.relative(folder), digest_of(done["files"]), done["defs_digest"], done["snapshot"],
-                      done["since_us"], done["rows"])  # fmt: skip
-
-
-def _strings(table: pa.Table) -> list[str]:
-    return [f.name for f in table.schema if pa.types.is_string(f.type)]
+                      done["since_us"], done["rows"],
+                      f"{done['rows']:,} steps in {len(done['files']) - 1} views")  # fmt: skip
 
 
 def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) -> pa.Table:
     """Versions of the rows source that a request may name: key, live_from, live_to, closed_at and the columns."""
     v = versions(tables[spec.rows.source], spec.row_source)
     names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
-    closed = first_known(v.table, [tables[c] for c in spec.closed_by], spec.row_key)
+    closed = first_known(names, closing_facts(spec, tables))
     table = v.table.select([*spec.row_source.columns]).append_column("key", names)
     for name, values in (("live_from", v.known_from), ("live_to", v.known_to), ("closed_at", closed)):
         table = table.append_column(name, pa.array(values))
@@ -156,7 +180,7 @@ def apply_feast(spec: Spec, folder: Path) -> None:
             FeatureView(
                 name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0), schema=fields,
                 source=FileSource(name=stored.name, path=f"views/{stored.name}.parquet",
-                                  timestamp_field="event_timestamp"),
+                                  timestamp_field=TIME),
                 online=False, tags=tags,
             )
         )  # fmt: skip

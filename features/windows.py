@@ -15,21 +15,25 @@ before the watermark. All times are int64 µs UTC, all sums int64.
 Shapes: N facts or steps, Q queries, K keys.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.ingest import KNOWN
-from features.keys import codes_of, key_arrays, sorted_unique, text_keys
+from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from pipelines.clock import MISSING, NEVER, duration_text
 from pipelines.errors import MillraceError
 from pipelines.spec import Condition, Latest, Open, Source, Spec, View, Window
 from pipelines.spec import Sequence as Chain
 
+T = TypeVar("T")
 Columns = dict[str, np.ndarray]
+TIME = "event_timestamp"  # column of the stored views: when a step, or a state of a sequence, begins
 LIMIT = 2**62  # sums of window values must stay below
 
 
@@ -55,103 +59,185 @@ class Versions:
 
 def int_times(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """µs of a timestamp column, MISSING where null."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+    array = one_chunk(column).cast(pa.timestamp("us", "UTC")).cast(pa.int64())
     return array.fill_null(MISSING).to_numpy(zero_copy_only=False)
 
 
 def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """float64 values of a number or bool column, NaN where null."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = one_chunk(column)
     array = array.cast(pa.int64()) if pa.types.is_boolean(array.type) else array
     return array.cast(pa.float64()).fill_null(float("nan")).to_numpy(zero_copy_only=False)
 
 
 def versions(table: pa.Table, source: Source) -> Versions:
     """The life of each fact version; `table` as `ingest.read_table` gives it."""
-    names = text_keys(key_arrays(table, source.key), table.num_rows)
-    fact = codes_of(names, pc.unique(names))
+    other = np.zeros(max(table.num_rows - 1, 0), bool)  # than the row before
+    for name in source.key:
+        column = one_chunk(table[name])
+        other |= pc.not_equal(column[1:], column[:-1]).fill_null(True).to_numpy(zero_copy_only=False)
     known = int_times(table[KNOWN])
-    superseded = np.append(fact[1:] == fact[:-1], False) if len(fact) else np.zeros(0, bool)
-    known_to = np.where(superseded, np.append(known[1:], NEVER), NEVER) if len(fact) else known
+    if not len(known):
+        return Versions(table, known, known, known)
+    fact = np.concatenate([[0], np.cumsum(other)])
+    known_to = np.append(np.where(other, NEVER, known[1:]), NEVER)
     return Versions(table, fact, known, known_to)
 
 
-def bisect(values: np.ndarray, lo: np.ndarray, hi: np.ndarray, x: np.ndarray, *, right: bool) -> np.ndarray:
-    """Insertion points of x[q] into the sorted values[lo[q]:hi[q]], as numpy.searchsorted would give."""
+class Facts:
+    """The sources of one snapshot, each prepared when it is first needed. Values are right for every t ≥ since."""
+
+    def __init__(self, spec: Spec, tables: Mapping[str, pa.Table], since: int = MISSING) -> None:
+        self.spec, self.tables, self.since = spec, tables, since
+        self._made: dict[tuple[object, ...], object] = {}
+        self._lock = threading.RLock()
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return cast(T, self._made[key])
+
+    def versions(self, source: str) -> Versions:
+        return self._once(("versions", source), lambda: versions(self.tables[source], self.spec.sources[source]))
+
+    def names(self, source: str, key: Sequence[str]) -> pa.Array:
+        """Text key of each row of a source."""
+        table = self.tables[source]
+        return self._once(("names", source, *key), lambda: text_keys(key_arrays(table, key), table.num_rows))
+
+    def closed_at(self, source: str, closed_by: Sequence[str]) -> np.ndarray:
+        """When a fact with the key of each row was first known in any of the closing sources (N)."""
+        key = self.spec.sources[source].key
+
+        def make() -> np.ndarray:
+            closing = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
+            return first_known(self.names(source, key), closing)
+
+        return self._once(("closed", source, *closed_by), make)
+
+
+def first_known(names: pa.Array, closing: Sequence[tuple[pa.Array, np.ndarray]]) -> np.ndarray:
+    """When each of N keys was first known among closing facts (their keys and known-at), NEVER where not."""
+    keys, codes = grouped(names)
+    earliest = np.full(len(keys) + 1, NEVER)
+    for closing_names, known in closing:
+        at = codes_of(closing_names, keys)
+        np.minimum.at(earliest, at[at >= 0], known[at >= 0])
+    return earliest[codes]
+
+
+def closing_facts(spec: Spec, tables: Mapping[str, pa.Table]) -> list[tuple[pa.Array, np.ndarray]]:
+    """Row keys and known-at of the facts that close a row."""
+    closing = [tables[name] for name in spec.closed_by]
+    return [(text_keys(key_arrays(c, spec.row_key), c.num_rows), int_times(c[KNOWN])) for c in closing]
+
+
+def order_of(codes: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Positions that sort by (code, t), stable. Fast where the two fit into one integer and are nearly sorted."""
+    if not len(t):
+        return np.zeros(0, np.int64)
+    low, high = int(t.min()), int(t.max())
+    if (int(codes.max()) + 1) * (high - low + 1) < LIMIT:
+        return np.argsort(codes * (high - low + 1) + (t - low), kind="stable")
+    return np.lexsort((t, codes))
+
+
+def bisect(start: np.ndarray, values: np.ndarray, codes: np.ndarray, x: np.ndarray, *, right: bool) -> np.ndarray:
+    """Where x[q] goes into the run of its code: values[start[code]:start[code + 1]] are sorted (Q, codes ≥ 0)."""
+    side: Literal["left", "right"] = "right" if right else "left"
     if len(x) == 1:
-        side = "right" if right else "left"
-        return lo + np.searchsorted(values[lo[0] : hi[0]], x, side=side)
-    lo, hi = lo.copy(), hi.copy()
-    if len(values) == 0:
-        return lo
+        lo, hi = start[codes[0]], start[codes[0] + 1]
+        return lo + np.searchsorted(values[lo:hi], x, side=side)
+    if not len(values):
+        return start[codes]
+    low, high = int(values.min()), int(values.max())
+    width = high - low + 3  # room for "before all" and "after all"
+    if (len(start) - 1) * width < LIMIT:
+        line = np.repeat(np.arange(len(start) - 1) * width, np.diff(start)) + (values - low)
+        return np.searchsorted(line, codes * width + (np.clip(x, low - 1, high + 1) - low), side=side)
+    lo, hi = start[codes], start[codes + 1]
     while (active := lo < hi).any():
-        mid = (lo + hi) >> 1
-        at = values[np.minimum(mid, len(values) - 1)]
+        middle = (lo + hi) >> 1
+        at = values[np.minimum(middle, len(values) - 1)]
         below = active & ((at <= x) if right else (at < x))
-        lo = np.where(below, mid + 1, lo)
-        hi = np.where(active & ~below, mid, hi)
+        lo, hi = np.where(below, middle + 1, lo), np.where(active & ~below, middle, hi)
     return lo
 
 
 def as_of(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarray) -> np.ndarray:
     """The merge function: for each (key code, t) the row of the newest step with step_t ≤ t, −1 where none (Q)."""
-    known = codes >= 0
-    safe = np.where(known, codes, 0)
     if len(start) < 2:
         return np.full(len(t), -1)
-    lo, hi = start[safe], np.where(known, start[safe + 1], start[safe])
-    at = bisect(step_t, lo, hi, t, right=True) - 1
-    return np.where(known & (at >= lo), at, -1)
+    safe = np.maximum(codes, 0)
+    at = bisect(start, step_t, safe, t, right=True) - 1
+    return np.where((codes >= 0) & (at >= start[safe]), at, -1)
 
 
-Span = tuple[np.ndarray, np.ndarray, Columns]
+@dataclass(frozen=True)
+class Group:
+    """Fact versions by group key and time: N of them, in that order, at `row` of the table."""
+
+    keys: pa.Array
+    first: np.ndarray  # for each key a row of the table that has it
+    code: np.ndarray
+    over: np.ndarray
+    row: np.ndarray
+    known_from: np.ndarray
+    known_to: np.ndarray
 
 
-def accumulate(keys: pa.Array, codes: np.ndarray, spans: Sequence[Span], since: int = MISSING) -> Steps:
-    """Steps of the running sums of facts that enter and leave, right for every t ≥ since.
+def group_versions(facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int) -> Group:
+    """The versions that have a group key and a time `over`, and whose span may end after `since` (at `ends`)."""
+    keys, codes = grouped(text_keys(key_arrays(facts.table, key), facts.table.num_rows))
+    there = (codes >= 0) & (over != MISSING)
+    row = np.flatnonzero(there & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since))
+    row = row[order_of(codes[row], over[row])]
+    return Group(keys, first_rows(keys, codes), codes[row], over[row], row, facts.known_from[row], facts.known_to[row])
 
-    Each span is (enter (N), exit (N), values: name → int64 (N)): what each fact adds while enter ≤ t < exit.
-    """
-    where, when, change = [], [], {name: [] for span in spans for name in span[2]}
-    for enter, leave, values in spans:
-        enter = np.maximum(enter, since)
-        counts = (enter < leave) & (codes >= 0)
-        leaves = counts & (leave < NEVER)
-        where += [codes[counts], codes[leaves]]
-        when += [enter[counts], leave[leaves]]
-        for name, listed in change.items():
-            value = values.get(name, np.zeros(len(codes), np.int64))
-            listed += [value[counts], -value[leaves]]
-    code, t = np.concatenate(where), np.concatenate(when)
-    order = np.lexsort((t, code))
+
+def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
+    """For each key the first row with its code."""
+    first = np.zeros(len(keys) + 1, np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    return first[:-1]
+
+
+Move = tuple[np.ndarray, np.ndarray, Columns]
+
+
+def accumulate(keys: pa.Array, codes: np.ndarray, moves: Sequence[Move]) -> Steps:
+    """Steps of running sums. Each move is (t (N), where it counts (N), name → int64 (N) that is added from t on)."""
+    code = np.concatenate([codes[counts] for _, counts, _ in moves])
+    t = np.concatenate([t[counts] for t, counts, _ in moves])
+    order = order_of(code, t)
     code, t = code[order], t[order]
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t = code[last], t[last]
     start = np.searchsorted(code, np.arange(len(keys) + 1))
-    columns = {}
-    for name, listed in change.items():
+    columns: Columns = {}
+    for name in dict.fromkeys(name for _, _, values in moves for name in values):
+        parts = [values[name][counts] if name in values else np.zeros(np.count_nonzero(counts), np.int64)
+                 for _, counts, values in moves]  # fmt: skip
         # int64 wraps around, and the difference of two wrapped sums is right as long as it fits itself
-        total = np.cumsum(np.concatenate(listed)[order])[last]
+        total = np.cumsum(np.concatenate(parts)[order])[last]
         before = np.concatenate([[0], total])[start[:-1]]
         columns[name] = total - np.repeat(before, np.diff(start))
     return Steps(keys, start, t, columns)
-
-
-def _scaled(table: pa.Table, source: Source, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a column in whole steps of its resolution (int64, 0 where null), and where they are not null."""
-    values = floats(table[name])
-    there = ~np.isnan(values)
-    scaled = np.rint(np.where(there, values, 0.0) / resolution(source, name))
-    if len(scaled) and not np.abs(scaled).max() < LIMIT:
-        raise MillraceError(f"column {name!r}: {np.nanmax(np.abs(values)):g} is too large for its resolution")
-    return scaled.astype(np.int64), there
 
 
 def resolution(source: Source, name: str) -> float:
     """Smallest step of a column that window sums keep: whole numbers, unless a float64 column declares another."""
     column = source.columns[name]
     return column.resolution or 1.0 if column.type == "float64" else 1.0
+
+
+def _scaled(values: np.ndarray, source: Source, name: str, power: int) -> np.ndarray:
+    """Values in whole steps of their resolution (int64, 0 where NaN). Raises MillraceError where a power overflows."""
+    scaled = np.rint(np.where(np.isnan(values), 0.0, values) / resolution(source, name))
+    if len(scaled) and not float(np.abs(scaled).max()) ** power < LIMIT:
+        raise MillraceError(f"column {name!r}: {np.nanmax(np.abs(values)):g} is too large for its resolution")
+    return scaled.astype(np.int64)
 
 
 def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,27 +250,36 @@ def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np
     return true, column.is_valid().to_numpy(zero_copy_only=False).astype(bool)
 
 
-def window_steps(
-    source: Source, shape: Window, facts: Versions, length: int, *, ahead: bool, since: int = MISSING
-) -> Steps:
-    """Steps of a window view: counts and sums of the facts in (t − w, t], or in (t, t + w] when `ahead`."""
-    table = facts.table
-    names = text_keys(key_arrays(table, shape.key), table.num_rows)
-    keys = sorted_unique(names)
-    over = int_times(table[shape.over or source.event_time])
-    values: Columns = {"count": np.ones(len(over), np.int64)}
+def window_values(source: Source, shape: Window, table: pa.Table, rows: np.ndarray) -> Columns:
+    """What each fact adds to the sums of a window view (int64, N: the rows)."""
+    at = pa.array(rows)
+    found: Columns = {"count": np.ones(len(rows), np.int64)}
     for name in dict.fromkeys((*shape.mean, *shape.std)):
-        scaled, there = _scaled(table, source, name)
-        values[f"{name}_n"] = there.astype(np.int64)
-        values[f"{name}_sum"] = scaled
+        values = floats(table[name].take(at))
+        found[f"{name}_n"] = (~np.isnan(values)).astype(np.int64)
+        found[f"{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
         if name in shape.std:
-            values[f"{name}_squares"] = scaled * scaled
+            found[f"{name}_squares"] = found[f"{name}_sum"] ** 2
     for name, condition in shape.share.items():
-        true, there = holds(condition, table[condition.column])
-        values[f"{name}_n"] = there.astype(np.int64)
-        values[f"{name}_hits"] = true.astype(np.int64)
-    enter, leave = _span(facts, over, length, ahead=ahead)
-    steps = accumulate(keys, codes_of(names, keys), [(enter, leave, values)], since)
+        true, there = holds(condition, table[condition.column].take(at))
+        found.setdefault(f"{condition.column}_n", there.astype(np.int64))
+        found[f"{name}_hits"] = true.astype(np.int64)
+    return found
+
+
+def edges(over: np.ndarray, length: int, *, ahead: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A fact at `over` is in the window of t for begin ≤ t < end: (t − w, t], or (t, t + w] when `ahead`."""
+    return (over - length, over) if ahead else (over, over + length)
+
+
+def window_steps(group: Group, values: Columns, length: int, *, ahead: bool, since: int) -> Steps:
+    """Steps of a window view: counts and sums of the facts in (t − w, t], or in (t, t + w] when `ahead`."""
+    begin, end = edges(group.over, length, ahead=ahead)
+    enter = np.maximum(np.maximum(group.known_from, begin), since)
+    leave = np.minimum(group.known_to, end)
+    stays = enter < leave
+    less = {name: -value for name, value in values.items()}
+    steps = accumulate(group.keys, group.code, [(enter, stays, values), (leave, stays & (leave < NEVER), less)])
     most = int(steps.columns["count"].max(initial=0))
     for name, value in values.items():
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
@@ -192,49 +287,30 @@ def window_steps(
     return steps
 
 
-def _span(facts: Versions, over: np.ndarray, length: int, *, ahead: bool) -> tuple[np.ndarray, np.ndarray]:
-    there = over != MISSING
-    over = np.where(there, over, 0)
-    begin, end = (over - length, over) if ahead else (over, over + length)
-    return np.maximum(facts.known_from, begin), np.where(there, np.minimum(facts.known_to, end), MISSING)
-
-
-def open_steps(
-    shape: Open, facts: Versions, closed_at: np.ndarray, length: int, since: int = MISSING
-) -> Steps:
+def open_steps(group: Group, closed_at: np.ndarray, length: int, since: int) -> Steps:
     """Steps of a backlog view: plans due in (t − w, t], those still open among them, and the sum of their due times.
 
-    `closed_at` (N): when a closing fact of the version's plan was first known, NEVER where none.
+    `closed_at` (N): when a closing fact of the plan was first known, NEVER where none.
     """
-    names = text_keys(key_arrays(facts.table, shape.key), facts.table.num_rows)
-    keys = sorted_unique(names)
-    over = int_times(facts.table[shape.over])
-    enter, leave = _span(facts, over, length, ahead=False)
-    one = np.ones(len(over), np.int64)
-    due = (enter, leave, {"due": one})
-    still = (enter, np.minimum(leave, closed_at), {"open": one, "open_over": over})
-    return accumulate(keys, codes_of(names, keys), [due, still], since)
-
-
-def first_known(plan: pa.Table, closing: Sequence[pa.Table], key: Sequence[str]) -> np.ndarray:
-    """When a fact with the key of each row of `plan` was first known in any closing table (N), NEVER where none."""
-    names = text_keys(key_arrays(plan, key), plan.num_rows)
-    keys = sorted_unique(names)
-    earliest = np.full(len(keys) + 1, NEVER)
-    for table in closing:
-        codes = codes_of(text_keys(key_arrays(table, key), table.num_rows), keys)
-        known = int_times(table[KNOWN])
-        np.minimum.at(earliest, codes[codes >= 0], known[codes >= 0])
-    return earliest[codes_of(names, keys)]
+    begin, end = edges(group.over, length, ahead=False)
+    enter = np.maximum(np.maximum(group.known_from, begin), since)
+    leave = np.minimum(group.known_to, end)
+    closes = np.minimum(leave, closed_at)
+    one, still = np.ones(len(enter), np.int64), enter < closes
+    more = {"due": one, "open": still.astype(np.int64), "open_over": np.where(still, group.over, 0)}
+    moves = [
+        (enter, enter < leave, more),
+        (leave, (enter < leave) & (leave < NEVER), {"due": -one}),
+        (closes, still & (closes < NEVER), {"open": -one, "open_over": -group.over}),
+    ]
+    return accumulate(group.keys, group.code, moves)
 
 
 def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     """Steps of a latest view: column `row` is the position of the newest live version in `facts` (−1: expired or
     none), column `event` its event time, also when expired."""
     table = facts.table
-    names = text_keys(key_arrays(table, shape.key), table.num_rows)
-    keys = sorted_unique(names)
-    codes = codes_of(names, keys)
+    keys, codes = grouped(text_keys(key_arrays(table, shape.key), table.num_rows))
     event = int_times(table[source.event_time]) if source.event_time else np.zeros(len(codes), np.int64)
     usable = np.flatnonzero((codes >= 0) & (event != MISSING) & (facts.known_from < facts.known_to))
     moved = np.unique(codes[usable][facts.known_to[usable] < NEVER])  # keys with corrections: exact sweep
@@ -247,7 +323,7 @@ def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     newest = event[order] >= best
     code, row = code[newest], row[newest]
     t = facts.known_from[row]
-    parts = [(code, t, row, event[row])] + _sweep(facts, codes, event, usable[swept])
+    parts = [(code, t, row, event[row]), *_sweep(facts, codes, event, usable[swept])]
     code, t, row, seen = (np.concatenate(x) for x in zip(*parts, strict=True))
     if shape.ttl is not None:
         code, t, row, seen = _expire(code, t, row, seen, shape.ttl)
@@ -301,50 +377,40 @@ def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, 
             np.concatenate([row, none]), np.concatenate([seen, seen[ends]]))  # fmt: skip
 
 
-def sequence_table(spec: Spec, shape: Chain, tables: Mapping[str, pa.Table]) -> pa.Table:
+def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     """The plans of each chain with what was known of them: one row per plan and state, live for [live_from, live_to).
 
     Sorted by chain key, `order`, and which of equal ones counts (known last, then greatest fact key).
     """
-    source = spec.sources[shape.source]
-    plans = versions(tables[shape.source], source)
-    names = text_keys(key_arrays(plans.table, source.key), plans.table.num_rows)
-    facts_of = {name: versions(tables[name], spec.sources[name]) for name in shape.facts}
-    keys = pc.unique(names)
-    plan_code = codes_of(names, keys)
-    fact_codes = {
-        name: codes_of(text_keys(key_arrays(v.table, source.key), v.table.num_rows), keys)
-        for name, v in facts_of.items()
-    }
-    code = np.concatenate([plan_code, *fact_codes.values()])
-    t = np.concatenate([plans.known_from, *(v.known_from for v in facts_of.values())])
-    order = np.lexsort((t, code))
+    plans, plan_key = facts.versions(shape.source), facts.spec.sources[shape.source].key
+    others = {name: facts.versions(name) for name in shape.facts}
+    keys = facts.names(shape.source, plan_key).take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
+    codes = {name: codes_of(facts.names(name, plan_key), keys) for name in shape.facts}
+    code = np.concatenate([plans.fact, *codes.values()])
+    t = np.concatenate([plans.known_from, *(v.known_from for v in others.values())])
+    code, t = code[code >= 0], t[code >= 0]
+    order = order_of(code, t)
     code, t = code[order], t[order]
-    keep = (code >= 0) & np.append(True, (code[1:] != code[:-1]) | (t[1:] != t[:-1]))[: len(code)]
+    keep = np.append(True, (code[1:] != code[:-1]) | (t[1:] != t[:-1]))[: len(code)]
     code, t = code[keep], t[keep]
     until = np.append(np.where(code[1:] == code[:-1], t[1:], NEVER), NEVER)[: len(code)]
-    plan = as_of(_starts(plan_code, len(keys)), plans.known_from, code, t)
-    columns: dict[str, pa.Array] = {}
-    for name, v in facts_of.items():
-        sort = np.lexsort((v.known_from, fact_codes[name]))
-        sort = sort[fact_codes[name][sort] >= 0]
-        at = as_of(_starts(fact_codes[name][sort], len(keys)), v.known_from[sort], code, t)
-        rows = pa.array(np.where(at >= 0, sort[np.maximum(at, 0)], -1) if len(sort) else at, mask=at < 0)
-        for column in shape.facts[name]:
-            columns[f"{name}_{column}"] = pa.array(floats(v.table[column].take(rows)), from_pandas=True)
-    there = plan >= 0
-    for column in (*shape.key, *shape.columns):
-        columns.setdefault(column, plans.table[column].take(pa.array(plan, mask=~there)).combine_chunks())
+    plan = as_of(_starts(plans.fact, len(keys)), plans.known_from, code, t)
     due = int_times(plans.table[shape.order])[np.maximum(plan, 0)] if len(plan) else plan
-    result = pa.table(
-        {**columns, "order": due, "live_from": t, "live_to": until,
-         "known_from": plans.known_from[np.maximum(plan, 0)] if len(plan) else plan, "fact": code}
-    )  # fmt: skip
-    chain = text_keys(key_arrays(result, shape.key), result.num_rows)
-    result = result.append_column("chain", chain)
-    result = result.filter(pa.array(there & (due != MISSING) & chain.is_valid().to_numpy(zero_copy_only=False)))
-    ordering = ("chain", "order", "known_from", "fact", "live_from")
-    return result.take(pc.sort_indices(result, [(c, "ascending") for c in ordering])).combine_chunks()
+    chains, chain_of = grouped(text_keys(key_arrays(plans.table, shape.key), plans.table.num_rows))
+    chain = np.where(plan >= 0, chain_of[np.maximum(plan, 0)], -1) if len(plan) else plan
+    kept = np.flatnonzero((chain >= 0) & (due != MISSING) & (until > facts.since))
+    known = plans.known_from[plan[kept]]
+    kept = kept[np.lexsort((known, due[kept], chain[kept]))]  # ties: by fact, then time, as they are
+    code, t, until, due, chain, at = (x[kept] for x in (code, t, until, due, chain, plan))
+    columns = {name: plans.table[name].take(pa.array(at)) for name in (*shape.key, *shape.columns)}
+    for name, v in others.items():
+        rows = np.flatnonzero(codes[name] >= 0)
+        rows = rows[order_of(codes[name][rows], v.known_from[rows])]
+        found = as_of(_starts(codes[name][rows], len(keys)), v.known_from[rows], code, t)
+        take = pa.array(rows[np.maximum(found, 0)] if len(rows) else found, mask=found < 0)
+        for column in shape.facts[name]:
+            columns[f"{name}_{column}"] = pa.array(floats(v.table[column].take(take)), from_pandas=True)
+    return pa.table({"chain": repeated(chains, chain), **columns, "order": due, "live_to": until, TIME: stamps(t)})
 
 
 def _starts(sorted_codes: np.ndarray, n_keys: int) -> np.ndarray:
@@ -359,10 +425,9 @@ def previous(
     found = np.full(len(t), -1)
     if len(start) < 2:
         return found
-    known = (codes >= 0) & (own != MISSING)
-    lo = start[np.where(known, codes, 0)]
-    hi = start[np.where(known, codes, 0) + 1]
-    at = bisect(order, lo, hi, own, right=False) - 1
+    known, safe = (codes >= 0) & (own != MISSING), np.maximum(codes, 0)
+    lo = start[safe]
+    at = bisect(start, order, safe, own, right=False) - 1
     todo = np.flatnonzero(known & (at >= lo))
     while len(todo):
         i = at[todo]
@@ -398,8 +463,9 @@ def stored_views(spec: Spec) -> list[Stored]:
             integers = ["count"]
             for column in dict.fromkeys((*shape.mean, *shape.std)):
                 integers += [f"{column}_n", f"{column}_sum"] + [f"{column}_squares"] * (column in shape.std)
-            for share in shape.share:
-                integers += [f"{share}_n", f"{share}_hits"]
+            for share, condition in shape.share.items():
+                integers += [f"{condition.column}_n", f"{share}_hits"]
+            integers = list(dict.fromkeys(integers))
             for ahead, lengths in ((False, shape.last), (True, shape.next)):
                 for length in lengths:
                     title = f"{name}_{'next_' if ahead else ''}{duration_text(length)}"
@@ -425,50 +491,65 @@ def stored_views(spec: Spec) -> list[Stored]:
     return found
 
 
-def build_view(spec: Spec, stored: Stored, tables: Mapping[str, pa.Table], since: int = MISSING) -> pa.Table:
-    """The stored table of one view: text `key`, key columns, step time `t` and columns, right for every t ≥ since.
+def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
+    """The stored tables of a view of the spec, right for every t ≥ `facts.since`.
 
-    A sequence is as `sequence_table` gives it.
+    Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
+    `sequence_table` gives it.
     """
-    shape = spec.features.views[stored.view].shape
+    shape, since = facts.spec.features.views[name].shape, facts.since
+    views = [stored for stored in stored_views(facts.spec) if stored.view == name]
     if isinstance(shape, Chain):
-        table = sequence_table(spec, shape, tables)
-        return table.filter(pc.greater(table["live_to"], since)) if since > MISSING else table
-    source = spec.sources[shape.source]
-    facts = versions(tables[shape.source], source)
+        yield views[0], sequence_table(facts, shape)
+        return
+    source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
+    if isinstance(shape, Latest):
+        steps = latest_steps(source, shape, v)
+        first = first_rows(*grouped(text_keys(key_arrays(v.table, shape.key), v.table.num_rows)))
+        for stored in views:
+            moved = replace(steps, t=steps.t + (stored.length if stored.kind == "ago" else 0))
+            yield stored, step_table(stored, moved, v.table, first)
+        return
+    over = int_times(v.table[shape.over or source.event_time])
+    longest = max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
+    group = group_versions(v, shape.key, over, over + longest, since)
     if isinstance(shape, Window):
-        steps = window_steps(source, shape, facts, stored.length, ahead=stored.ahead, since=since)
-    elif isinstance(shape, Open):
-        closed_at = first_known(facts.table, [tables[c] for c in shape.closed_by], source.key)
-        steps = open_steps(shape, facts, closed_at, stored.length, since)
+        values = window_values(source, shape, v.table, group.row)
+        for stored in views:
+            steps = window_steps(group, values, stored.length, ahead=stored.ahead, since=since)
+            yield stored, step_table(stored, steps, v.table, group.first)
     else:
-        steps = latest_steps(source, shape, facts)
-    table = {name: pa.array(values) for name, values in steps.columns.items() if name != "row"}
+        closed_at = facts.closed_at(shape.source, shape.closed_by)[group.row]
+        for stored in views:
+            steps = open_steps(group, closed_at, stored.length, since)
+            yield stored, step_table(stored, steps, v.table, group.first)
+
+
+def step_table(stored: Stored, steps: Steps, table: pa.Table, first: np.ndarray) -> pa.Table:
+    """Steps as they are stored; `first`: for each key a row of the fact table that has it."""
+    code = np.repeat(np.arange(len(steps.keys)), np.diff(steps.start))
+    columns = {"key": repeated(steps.keys, code)}
+    for name in stored.key:
+        columns[name] = repeated(one_chunk(table[name].take(pa.array(first))), code)
+    columns |= {name: pa.array(steps.columns[name]) for name in stored.integers}
     if stored.values:
         row = steps.columns["row"]
         rows = pa.array(np.maximum(row, 0), mask=row < 0)
-        table |= {name: facts.table[name].take(rows).combine_chunks() for name, _ in stored.values}
-    counts = np.diff(steps.start)
-    key = steps.keys.take(pa.array(np.repeat(np.arange(len(steps.keys)), counts)))
-    t = steps.t + (stored.length if stored.kind == "ago" else 0)
-    first = facts.table.num_rows and {
-        name: facts.table[name].take(pa.array(_first_rows(facts, shape.key, steps.keys))) for name in shape.key
-    }
-    parts = {
-        name: first[name].take(pa.array(np.repeat(np.arange(len(steps.keys)), counts))).combine_chunks()
-        for name in (shape.key if first else ())
-    } or {name: facts.table[name].slice(0, 0).combine_chunks() for name in shape.key}
-    return pa.table({"key": key, **parts, "t": t, **table})
+        columns |= {name: table[name].take(rows) for name, _ in stored.values}
+    return pa.table({**columns, TIME: stamps(steps.t)})
 
 
-def _first_rows(facts: Versions, key: Sequence[str], keys: pa.Array) -> np.ndarray:
-    """A row of the facts that shows the columns of each key."""
-    names = text_keys(key_arrays(facts.table, key), facts.table.num_rows)
-    codes = codes_of(names, keys)
-    rows = np.zeros(len(keys), np.int64)
-    there = codes >= 0
-    rows[codes[there][::-1]] = np.flatnonzero(there)[::-1]
-    return rows
+def repeated(values: pa.Array, codes: np.ndarray) -> pa.Array:
+    """values[codes]; texts as codes of a dictionary, so that many rows cost little."""
+    if not pa.types.is_string(values.type):
+        return values.take(pa.array(codes))
+    encoded = values.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.take(pa.array(codes)), encoded.dictionary)
+
+
+def stamps(t: np.ndarray) -> pa.Array:
+    """int64 µs as timestamps."""
+    return pa.array(t).cast(pa.timestamp("us", "UTC"))
 
 
 def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
@@ -500,7 +581,9 @@ def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
     return found
 
 
-def derive(spec: Spec, name: str, raw: Mapping[str, Columns], t: np.ndarray, own: Columns, null_key: np.ndarray) -> Columns:
+def derive(
+    spec: Spec, name: str, raw: Mapping[str, Columns], t: np.ndarray, own: Columns, null_key: np.ndarray
+) -> Columns:
     """The features of one view from what was looked up: the only place where sums become means.
 
     `raw`: stored view → column → values (Q): int64, 0 where there is no step; float64 with NaN, or objects with
@@ -520,8 +603,8 @@ def derive(spec: Spec, name: str, raw: Mapping[str, Columns], t: np.ndarray, own
                 n, total, squares = (columns[f"{c}_{part}"] for part in ("n", "sum", "squares"))
                 variance = _ratio(squares, n) - _ratio(total, n) ** 2
                 found[f"{prefix}__{c}_std"] = np.sqrt(np.maximum(variance, 0.0)) * resolution(source, c)
-            for c in shape.share:
-                found[f"{prefix}__{c}_share"] = _ratio(columns[f"{c}_hits"], columns[f"{c}_n"])
+            for c, condition in shape.share.items():
+                found[f"{prefix}__{c}_share"] = _ratio(columns[f"{c}_hits"], columns[f"{condition.column}_n"])
     elif isinstance(shape, Open):
         for prefix, columns in raw.items():
             due, still = columns["due"], columns["open"]
@@ -551,8 +634,7 @@ def derive(spec: Spec, name: str, raw: Mapping[str, Columns], t: np.ndarray, own
         found |= {f"{name}__{s}_{c}": columns[f"{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
     for feature, values in found.items():
         if null_key.any():
-            missing = None if values.dtype == object else np.nan
-            found[feature] = np.where(null_key, missing, values)
+            found[feature] = np.where(null_key, None if values.dtype == object else np.nan, values)  # type: ignore[call-overload]
     return found
 
 

@@ -28,7 +28,9 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
     """Looks at the spec's functions, at the schema of one landed file per source, and at the disk. Reads no rows."""
     lines, problems = [f"{path.name}: {spec.title}"], []
     kinds = [f.kind for f in feature_list(spec)]
-    lines.append(f"features: {len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(spec))} stored views")
+    lines.append(
+        f"features: {len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(spec))} stored views"
+    )
     lines.append(f"rows: {spec.rows.source} by {', '.join(spec.row_key)}" + _asked(spec))
     for function in spec.features.functions:
         try:

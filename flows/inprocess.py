@@ -1,27 +1,33 @@
-"""Runs the flow in this process: under the Prefect server of the home if one is up, else under a temporary one."""
+"""Runs the flow in this process, recorded by the home's Prefect server: the one that is up, or one for the while."""
 
+import importlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from deploy.process import Service, free_port, running, stop
 from deploy.record import Outcome
+from flows.serving import SERVER, spawn_server, wait_for_server
 from pipelines.errors import MillraceError
 from pipelines.home import Home
+
+HEAVY = ("feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
 
 
 def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str]) -> Outcome:
     """The outcome of one `retrain`. A refusal is raised as it was inside."""
-    from flows.serving import prefect_api
+    with recorded(home) as server:
+        for module in HEAVY:
+            importlib.import_module(module)
+        quiet()
+        wait_for_server(server)
+        from flows.retrain import retrain
 
-    api = prefect_api(home)
-    if api:
-        os.environ["PREFECT_API_URL"] = api
-    quiet()
-    from flows.retrain import retrain
-
-    state: Any = retrain(pipeline, as_of, overrides, return_state=True)
-    result = state.result(raise_on_failure=False)
+        state: Any = retrain(pipeline, as_of, overrides, return_state=True)
+        result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result
     if not isinstance(result, Outcome):
@@ -29,8 +35,24 @@ def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str])
     return result
 
 
+@contextmanager
+def recorded(home: Home) -> Iterator[Service]:
+    """The home's Prefect server, which may still be starting; one that was started for this is stopped in the end."""
+    server = running(home, SERVER)
+    ours = None
+    if server is None:
+        ours = server = spawn_server(home, free_port())
+    try:
+        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        yield server
+    finally:
+        if ours is not None:
+            stop(ours)
+
+
 def quiet() -> None:
     """Silences library chatter; ours goes to stderr line by line."""
     warnings.filterwarnings("ignore")
     for name in ("prefect", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)

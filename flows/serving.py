@@ -88,37 +88,36 @@ class Started:
     ui: str
 
 
-def prefect_api(home: Home) -> str:
-    """API address of the home's Prefect server, or empty when none runs."""
-    service = running(home, SERVER)
-    return f"{service.url}/api" if service else ""
-
-
 def start_prefect(home: Home, *, port: int, worker: bool) -> Started:
     """The home's Prefect server, and a worker over the deployments of prefect.yaml; both stay running."""
-    server = running(home, SERVER) or _start_server(home, port)
+    server = running(home, SERVER) or spawn_server(home, port)
+    wait_for_server(server)
     lines = [f"Prefect UI: {server.url}"]
     if worker and running(home, WORKER) is None:
         lines.append(_start_worker(home, f"{server.url}/api"))
     return Started(tuple(lines), server.url)
 
 
-def _start_server(home: Home, port: int) -> Service:
+def spawn_server(home: Home, port: int) -> Service:
+    """Starts the home's Prefect server with its UI; it needs seconds until it answers."""
     if not port_is_free(port):
         raise MillraceError(f"port {port} is taken; stop what listens there, or type `millrace up --port PORT`")
     url = f"http://127.0.0.1:{port}"
     env = {"PREFECT_UI_API_URL": f"{url}/api", "PREFECT_API_URL": f"{url}/api"}
-    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    service = _spawn(home, SERVER, command, port, env)
-    deadline = time.monotonic() + 120
-    while service.alive() and time.monotonic() < deadline:
+    return _spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env)
+
+
+def wait_for_server(server: Service, *, wait_s: float = 120) -> None:
+    """Returns when the Prefect server answers. Raises MillraceError with its last words if it does not."""
+    deadline = time.monotonic() + wait_s
+    while server.alive() and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/api/health", timeout=5):
-                return service
+            with urllib.request.urlopen(f"{server.url}/api/health", timeout=5):
+                return
         except OSError:
-            time.sleep(0.2)
-    stop(service)
-    raise MillraceError(f"the Prefect server did not start: {last_words(Path(service.log))}")
+            time.sleep(0.1)
+    stop(server)
+    raise MillraceError(f"the Prefect server did not start: {last_words(Path(server.log))}")
 
 
 def _start_worker(home: Home, api: str) -> str:

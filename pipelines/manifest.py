@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,12 +78,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def write_page(path: Path, title: str, sections: list[tuple[str, list[tuple[str, ...]]]]) -> None:
+def write_page(path: Path, title: str, sections: Sequence[tuple[str, Sequence[tuple[str, ...]]]]) -> None:
     """A Markdown page of tables, for the Prefect UI; the first row of a wide table is its head."""
     lines = [f"# {title}"]
     for heading, rows in sections:
         lines += ["", f"## {heading}", ""]
-        head, body = (rows[0], rows[1:]) if rows and len(rows[0]) > 2 else (("", ""), rows)
+        wide = bool(rows) and len(rows[0]) > 2
+        head: tuple[str, ...] = rows[0] if wide else ("", "")
+        body = rows[1:] if wide else rows
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
     write_atomic(path, "\n".join(lines) + "\n")

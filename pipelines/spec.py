@@ -479,6 +479,8 @@ class _Check:
             for column in spec.rows.key:
                 self.column(spec.rows.source, column, "rows.key")
         self.column(spec.label.source, spec.label.column, "label.column")
+        if spec.label.source == spec.rows.source and spec.label.column in spec.features.row:
+            raise ValueError(f"features.row holds the label {spec.label.column!r}: the model would be told the answer")
         if spec.timed:
             self.check_timed()
         else:

@@ -52,13 +52,14 @@ def stage(
         def cache_key(context: TaskRunContext, arguments: dict[str, Any]) -> str | None:
             return None if key is None else _verified(name, key(**arguments))
 
-        return task(
+        decorated: Any = task(
             measured, name=name.replace("_", " "), task_run_name=_run_name, retries=retries,
             retry_delay_seconds=exponential_backoff(backoff_factor=1), retry_jitter_factor=0.2,
             retry_condition_fn=worth_retrying, timeout_seconds=timeout_s, tags=tags,
             cache_key_fn=cache_key if key else None, persist_result=True, result_serializer="json",
             on_completion=[_say],
-        )  # fmt: skip
+        )  # type: ignore[call-overload]  # fmt: skip
+        return decorated
 
     return decorate
 

@@ -8,7 +8,9 @@ from tasks.policy import opened, stage
 
 
 @stage(tags=["release"], timeout_s=900)
-def release(run: Run, features: FeatureSet, verdict: Artifact, bento: Artifact | None, checked: Artifact | None) -> Released:
+def release(
+    run: Run, features: FeatureSet, verdict: Artifact, bento: Artifact | None, checked: Artifact | None
+) -> Released:
     """Promotes by compare-and-set against the pinned parent, or says why not, and feeds every kept release."""
     home, spec = opened(run)
     return release_run(spec, home, run, features, verdict, bento, checked)

@@ -27,6 +27,7 @@ import psutil
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort
@@ -187,6 +188,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     ):
         stage = Stage(server, folder, client, worker, alerts)
         set_alert(server, folder, f"{url}/old")
+        wait_for(lambda: client.read_work_pools(), 60, lambda: f"the worker's pool: {tail(worker.log)}")
         deploy_toys(server, folder)
         set_alert(server, folder, url)  # moves the alert, adds none
         schedule_long_ago(stage, "broken")
@@ -216,7 +218,6 @@ def deploy_toys(server: PrefectServer, folder: Path) -> None:
     }
     deployments = [{**plain, "entrypoint": f"toys.{name}", **own} for name, own in toys.items()]
     (folder / "prefect.yaml").write_text(yaml.safe_dump({**ours, "deployments": deployments}))
-    server.prefect("work-pool", "create", "local", "--type", "process", "--overwrite", cwd=folder)
     server.prefect("--no-prompt", "deploy", "--all", cwd=folder)
 
 
@@ -392,7 +393,7 @@ def test_webhook_is_told_of_a_scheduled_run_that_failed(stage: Stage) -> None:
 def test_deployments_of_the_repository(stage: Stage, tmp_path: Path) -> None:
     ours = (REPOSITORY / "prefect.yaml").read_text().replace("name: local", "name: unattended")
     (tmp_path / "prefect.yaml").write_text(ours)
-    stage.server.prefect("work-pool", "create", "unattended", "--type", "process", cwd=tmp_path)
+    stage.client.create_work_pool(WorkPoolCreate(name="unattended", type="process"))
     stage.server.prefect("--no-prompt", "deploy", "--all", cwd=tmp_path)
     daily = stage.client.read_deployment_by_name("retrain/retrain-flights")
     by_hand = stage.client.read_deployment_by_name("retrain/retrain-flights-demo")

@@ -1,0 +1,83 @@
+"""Batch scoring of what can still be asked: every row that the served store knows and no fact has closed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deploy.judge import answer
+from deploy.rollout import bento_spec, champion
+from features.keys import SEPARATOR
+from features.online import ROWS, OnlineStore, serve_features
+from pipelines.clock import MISSING, Clock, iso
+from pipelines.errors import MillraceError
+from pipelines.home import Home
+from pipelines.manifest import write_page
+
+CHUNK = 1_000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Where the scores lie (home-relative), for how many rows, as of when."""
+
+    pipeline: str
+    release: str
+    path: str
+    rows: int
+    line: str
+
+
+def score_open(home: Home, pipeline: str) -> Scored:
+    """Scores every open row at the clock's now with the champion; the same instant gives the same file.
+
+    Raises MillraceError without a champion.
+    """
+    release = champion(home, pipeline)
+    if release is None:
+        raise MillraceError(f"{pipeline} has no champion: type `millrace run {pipeline}`")
+    spec = bento_spec(home, release)
+    store = OnlineStore(spec, home.online(pipeline, release.defs_digest))
+    clock = spec.clock
+    now = Clock(clock.kind, clock.speed, clock.offset, store.anchor()).now_us() if clock else 0
+    keys = [key for (key,) in store.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (ROWS,))]
+    types = {name: spec.row_source.columns[name].type for name in spec.row_key if name in spec.row_source.columns}
+    names, scores = [], []
+    for begin in range(0, len(keys), CHUNK):
+        rows = [_row(key, spec.row_key, types) for key in keys[begin : begin + CHUNK]]
+        served = serve_features(store, rows, now)
+        open_rows = np.flatnonzero((served.looked.closed_at > now) & ~served.looked.unknown)
+        if spec.predict_at is not None:
+            due = served.looked.own[spec.predict_at.column][open_rows]
+            open_rows = open_rows[(due != MISSING) & (due - spec.predict_at.lead + spec.predict_at.tolerance >= now)]
+        if len(open_rows):
+            scores.append(answer(home, release, {n: v[open_rows] for n, v in served.frame.items()}))
+            names += [rows[i] for i in open_rows.tolist()]
+    found = np.concatenate(scores) if scores else np.zeros(0)
+    columns = {name: [row[name] for row in names] for name in spec.row_key}
+    table = pa.table({n: _column(v, types.get(n, "string")) for n, v in columns.items()} | {"score": pa.array(found)})
+    stamp = iso(now).replace(":", "") if spec.timed else "all"
+    path = home.root / "scores" / pipeline / release.release.partition(":")[2] / f"{stamp}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    pq.write_table(table, scratch)
+    scratch.replace(path)
+    line = f"{len(found):,} open rows scored by {release.release}" + (f" at {iso(now)}" if spec.timed else "")
+    _page(path, pipeline, line, found)
+    return Scored(pipeline, release.release, home.relative(path), len(found), line)
+
+
+def _row(key: str, names: tuple[str, ...], types: dict[str, str]) -> dict[str, object]:
+    values = key.split(SEPARATOR)
+    return {n: v if types.get(n, "string") == "string" else int(v) for n, v in zip(names, values, strict=True)}
+
+
+def _column(values: list[object], kind: str) -> pa.Array:
+    return pa.array(values, pa.int64()).cast(pa.timestamp("us", "UTC")) if kind == "timestamp" else pa.array(values)
+
+
+def _page(path: Path, pipeline: str, line: str, scores: np.ndarray) -> None:
+    shares = [(f"above {edge:.0%}", f"{(scores > edge).sum():,}") for edge in (0.25, 0.5, 0.75)]
+    write_page(path.with_suffix(".md"), f"{pipeline}: scores", [(line, shares)])

@@ -1,0 +1,47 @@
+"""The network: embeddings of categories and periodic features of numbers into an MLP.
+
+B rows, F numbers, M missing flags, C categories, K frequencies.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from features.preprocess import Preprocess
+from pipelines.spec import Network
+
+
+class TabularNet(nn.Module):
+    """Logits of rows. Each number x also enters as sin(2πcx) and cos(2πcx) for K learned frequencies c: an MLP
+    alone learns smooth functions of its inputs only (Gorishniy et al., 2022, arXiv:2203.05556).
+    """
+
+    def __init__(self, numbers: int, flags: int, categories: tuple[int, ...], network: Network) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.embeddings = nn.ModuleList(nn.Embedding(size, network.embedding) for size in categories)
+        self.frequencies = nn.Parameter(network.sigma * torch.randn(numbers, network.frequencies))
+        width = numbers + flags + 2 * numbers * network.frequencies + network.embedding * len(categories)
+        layers: list[nn.Module] = []
+        for _ in range(network.depth):
+            layers += [nn.Linear(width, network.width), nn.ReLU(), nn.Dropout(network.dropout)]
+            width = network.width
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, scaled: Tensor, codes: Tensor) -> Tensor:
+        """`scaled` float32 (B, F + M), `codes` int64 (B, C) → logit float32 (B)."""
+        inputs = [scaled]
+        if self.frequencies.shape[1]:
+            angle_BFK = 2 * math.pi * scaled[:, : self.numbers, None] * self.frequencies
+            angle = angle_BFK.flatten(1)
+            inputs += [angle.sin(), angle.cos()]
+        inputs += [embed(codes[:, i]) for i, embed in enumerate(self.embeddings)]
+        logit: Tensor = self.mlp(torch.cat(inputs, 1))
+        return logit.squeeze(1)
+
+
+def build_net(preprocess: Preprocess, network: Network, seed: int) -> TabularNet:
+    """A fresh network for this preprocessing; the seed alone decides its weights."""
+    torch.manual_seed(seed)
+    return TabularNet(len(preprocess.numbers), len(preprocess.may_miss), preprocess.sizes, network)
