@@ -43,7 +43,7 @@ def score_open(home: Home, pipeline: str) -> Scored:
     clock = spec.clock
     now = Clock(clock.kind, clock.speed, clock.offset, store.anchor()).now_us() if clock else 0
     keys = [key for (key,) in store.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (ROWS,))]
-    types = {name: spec.row_source.columns[name].type for name in spec.row_key if name in spec.row_source.columns}
+    types: dict[str, str] = {name: spec.row_source.columns[name].type for name in spec.row_key if name in spec.row_source.columns}
     names, scores = [], []
     for begin in range(0, len(keys), CHUNK):
         rows = [_row(key, spec.row_key, types) for key in keys[begin : begin + CHUNK]]

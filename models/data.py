@@ -5,13 +5,11 @@ N rows, B rows of a global batch, F + M scaled columns, C categories.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from features.preprocess import Preprocess
 from features.rows import PARTS
 from models.arrays import Arrays
 from pipelines.errors import UsageError
@@ -37,3 +35,52 @@ def epoch_shape(rows: int, batch_size: int, world: int) -> Shape:
             f"choose a number of ranks that divides {batch}, or another train.batch_size"
         )
     return Shape(batch, max(1, rows // batch))
+
+
+class Loader:
+    """Batches of one rank. Every world size sees the same global batches, cut `[rank::world]`; resumes exactly.
+
+    Yields (scaled float32 (B / world, F + M), codes int64 (B / world, C), label float32 (B / world)).
+    """
+
+    def __init__(self, data: "Resident", shape: Shape, seed: int, rank: int, world: int) -> None:
+        self.data, self.shape, self.seed, self.rank, self.world = data, shape, seed, rank, world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return self.shape.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if self.position >= self.shape.steps:  # Lightning leaves the last epoch after its last item
+            self.epoch, self.position = self.epoch + 1, 0
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.data.label), generator=generator)
+        while self.position < self.shape.steps:
+            begin = self.position * self.shape.batch
+            self.position += 1
+            rows = order[begin : begin + self.shape.batch][self.rank :: self.world]
+            yield self.data.scaled[rows], self.data.codes[rows], self.data.label[rows]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Rows of one part in memory."""
+
+    scaled: Tensor
+    codes: Tensor
+    label: Tensor
+
+
+def resident(arrays: Arrays, part: str, newest: int | None = None) -> Resident:
+    """The rows of a part, or only its `newest`; rows are sorted by time."""
+    rows = np.flatnonzero(arrays.part == PARTS.index(part))
+    rows = rows if newest is None else rows[-newest:]
+    columns = (arrays.scaled, arrays.codes, arrays.label)
+    return Resident(*(torch.from_numpy(np.ascontiguousarray(column[rows])) for column in columns))
+

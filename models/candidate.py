@@ -1,0 +1,108 @@
+"""Training: the network on N ranks beside LightGBM on the same rows, calibration, and the choice on valid_select."""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.trainset import TrainingSet, load_training_set
+from models.arrays import write_arrays
+from models.elastic import finish, submit
+from models.ensemble import Choice, choose
+from models.gbdt import Trees, fit_gbdt
+from models.job import Job, Outcome
+from models.score import NetworkScorer, TreeScorer
+from models.tune import apply
+from pipelines.manifest import Note, read_json, write_json, write_page
+from pipelines.spec import Spec
+
+FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx"}
+
+
+def train_candidates(spec: Spec, data_folder: Path, study: Path, work: Path, out: Path) -> Note:
+    """The stage: trains, calibrates and chooses; writes models, `model.json`, `choice.json`, `curves.json`.
+
+    `work` holds checkpoints, from which an interrupted training resumes.
+    """
+    data = load_training_set(data_folder)
+    best = read_json(study / "best.json")
+    ranks, accelerator = world(spec)
+    job = Job(str(write_arrays(data, work / "arrays")), apply(spec.train, _params(best, "network")), spec.seed,
+              spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
+    folder = work / "network"
+    job.prepare(folder)
+    future = submit(folder, ranks=ranks, max_restarts=spec.train.max_restarts)
+    trees = _forests(spec, data, best, out)  # while the ranks train
+    outcome = finish(future, folder, ranks)
+    for name in ("network.safetensors", "network.onnx"):
+        shutil.copyfile(folder / name, out / name)
+    shutil.copyfile(data_folder / "preprocess.json", out / "preprocess.json")
+    choice = _choose(data, out)
+    _write(data, choice, outcome, trees, out)
+    chosen = choice.chosen
+    restarts = f", {len(outcome.restarts)} restarts" if outcome.restarts else ""
+    return Note(
+        f"network {len(outcome.result.curve)} epochs on {ranks} rank(s){restarts}, LightGBM {trees['gbdt'].rounds} "
+        f"trees; chosen: {chosen.name}, log loss {chosen.log_loss:.4f} on valid_select"
+    )
+
+
+def world(spec: Spec) -> tuple[int, str]:
+    """Number of ranks, and what they run on. The driver is asked by a file, never through CUDA."""
+    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        devices = min(devices, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, devices)
+    return ranks, "gpu" if devices >= ranks and devices else "cpu"
+
+
+def _params(best: dict[str, Any], kind: str) -> dict[str, Any]:
+    return dict(best[kind]["params"]) if kind in best else {}
+
+
+def _forests(spec: Spec, data: TrainingSet, best: dict[str, Any], out: Path) -> dict[str, Trees]:
+    """The baseline at fixed defaults, and the tuned one where it was tuned."""
+    found = {"gbdt": fit_gbdt(spec.gbdt, data.batch, data.label, data.part, spec.seed)}
+    if "gbdt_tuned" in best:
+        found["gbdt_tuned"] = fit_gbdt(
+            spec.gbdt, data.batch, data.label, data.part, spec.seed, extra=_params(best, "gbdt_tuned")
+        )
+    for name, trees in found.items():
+        (out / FILES[name]).write_text(trees.text, encoding="utf-8")
+    return found
+
+
+def _choose(data: TrainingSet, out: Path) -> Choice:
+    """Calibration and choice by the artefacts that would ship."""
+    rows = data.rows("valid_select")
+    batch = data.batch.take(rows)
+    scorers = {n: NetworkScorer if n == "network" else TreeScorer for n, f in FILES.items() if (out / f).exists()}
+    return choose({n: scorer(out / FILES[n]).logit(batch) for n, scorer in scorers.items()}, data.label[rows])
+
+
+def _write(data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str, Trees], out: Path) -> None:
+    members = [
+        {"name": n, "kind": "network" if n == "network" else "gbdt", "file": FILES[n], "a": c.a, "b": c.b}
+        for n, c in choice.calibrations.items()
+    ]
+    prior = float(np.mean(data.label[data.rows("train")]))
+    write_json(out / "model.json", {
+        "chosen": choice.chosen.name, "members": members, "prior": prior,
+        "candidates": {c.name: dict(c.weights) for c in choice.candidates},
+    })  # fmt: skip
+    table = [asdict(c) for c in choice.candidates]
+    write_json(out / "choice.json", {"chosen": choice.chosen.name, "candidates": table})
+    curves = {"network": [asdict(e) for e in outcome.result.curve], **{n: list(t.curve) for n, t in trees.items()}}
+    write_json(out / "curves.json", curves)
+    write_json(out / "volatile" / "stats.json", {
+        "ranks": outcome.ranks, "restarts": list(outcome.restarts), "network_s": round(outcome.seconds, 3),
+        "parameters": outcome.result.parameters,
+    })  # fmt: skip
+    rows = [("candidate", "log loss", "AUC")]
+    rows += [(c.name, f"{c.log_loss:.4f}", f"{c.auc:.4f}") for c in choice.candidates]
+    epochs = [("epoch", "train loss", "log loss", "AUC")]
+    epochs += [(str(e.epoch), f"{e.train_loss}", f"{e.log_loss}", f"{e.auc}") for e in outcome.result.curve]
+    write_page(out / "page.md", f"chosen: {choice.chosen.name}", [("On valid_select", rows), ("Network", epochs)])

@@ -1,0 +1,264 @@
+"""Ranks that may die: a zygote forks them, watches them, and restarts all from the newest checkpoint.
+
+Importing torch and Lightning costs seconds; the zygote, a process of its own, pays it once and forks in
+milliseconds. It only imports: it runs no backward pass, opens no process group and never touches a GPU. It is told
+jobs as lines of JSON on its standard input and answers on its standard output; when that input closes, because its
+parent is gone, it kills its ranks and ends.
+"""
+
+import atexit
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.job import Outcome, Result
+from pipelines.errors import MillraceError
+from pipelines.manifest import write_json
+
+POLL_S = 0.05
+STALE_S = 120.0  # a rank without a heartbeat for so long is hung
+PR_SET_PDEATHSIG = 1
+
+
+class Zygote:
+    """The parent's side: starts the zygote at once, and gives it jobs, several at a time if wanted."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "TMPDIR": os.environ.get("TMPDIR", "/tmp"), "CUDA_MODULE_LOADING": "LAZY"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "models.elastic"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, bufsize=1,
+        )  # fmt: skip
+        self.waiting: dict[int, Future[dict[str, Any]]] = {}
+        self.lock = threading.Lock()
+        self.count = 0
+        threading.Thread(target=self._listen, daemon=True, name="zygote").start()
+        atexit.register(self.close)
+
+    def submit(self, folder: Path, *, ranks: int, max_restarts: int) -> "Future[dict[str, Any]]":
+        """Starts a job; its future holds what the zygote says in the end."""
+        future: Future[dict[str, Any]] = Future()
+        with self.lock:
+            self.count += 1
+            self.waiting[self.count] = future
+            line = {"id": self.count, "folder": str(folder), "ranks": ranks, "max_restarts": max_restarts}
+            assert self.process.stdin is not None
+            try:
+                self.process.stdin.write(json.dumps(line) + "\n")
+                self.process.stdin.flush()
+            except OSError:
+                future.set_exception(MillraceError("the training supervisor died; run again, it resumes"))
+        return future
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            self.waiting.pop(answer["id"]).set_result(answer)
+        for future in self.waiting.values():
+            if not future.done():
+                future.set_exception(MillraceError("the training supervisor died; run again, it resumes"))
+
+    def close(self) -> None:
+        """Ends the zygote and its ranks."""
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+_shared: list[Zygote] = []
+
+
+def start_zygote() -> Zygote:
+    """The zygote of this process, started if there is none: it imports in the background."""
+    if not _shared or not _shared[0].alive():
+        _shared[:] = [Zygote()]
+    return _shared[0]
+
+
+def launch(folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None) -> Outcome:
+    """Runs the prepared job in `folder` to its end, restarting dead ranks. A finished job is not run again.
+
+    Raises MillraceError with the last words of a rank when the restarts are used up.
+    """
+    return finish(submit(folder, ranks=ranks, max_restarts=max_restarts, zygote=zygote), folder, ranks)
+
+
+def submit(folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None) -> "Future[dict[str, Any]]":
+    """Starts the prepared job in `folder`, unless it has its result already."""
+    if (folder / "result.json").is_file():
+        done: Future[dict[str, Any]] = Future()
+        done.set_result({"ok": True, "restarts": [], "seconds": 0.0})
+        return done
+    return (zygote or start_zygote()).submit(folder, ranks=ranks, max_restarts=max_restarts)
+
+
+def finish(future: "Future[dict[str, Any]]", folder: Path, ranks: int) -> Outcome:
+    """Waits for a submitted job. Raises MillraceError as `launch` does."""
+    answer = future.result()
+    if not answer["ok"]:
+        raise MillraceError(f"training in {folder} failed after {len(answer['restarts'])} restarts: {answer['error']}")
+    return Outcome(Result.load(folder), ranks, tuple(answer["restarts"]), answer["seconds"])
+
+
+@dataclass
+class _Group:
+    """The ranks of one job, as the zygote sees them."""
+
+    id: int
+    folder: Path
+    ranks: int
+    max_restarts: int
+    began: float
+    generation: int = 0
+    pids: dict[int, int] = field(default_factory=dict)  # pid → rank
+    reasons: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        for stale in self.folder.glob("heartbeat-*"):
+            stale.unlink()
+        with socket.socket() as probe:  # a new port each time: the old one's store may still be there
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.born = time.monotonic()
+        self.pids = {_fork(self.folder, rank, self.ranks, port, self.generation): rank for rank in range(self.ranks)}
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)  # works on stopped ranks too
+            os.waitpid(pid, 0)
+        self.pids = {}
+
+    def poll(self) -> str | None:
+        """Why the group must be restarted, None while all is well."""
+        for pid, rank in list(self.pids.items()):
+            gone, status = os.waitpid(pid, os.WNOHANG)
+            if gone:
+                del self.pids[pid]
+                if status:
+                    code = os.waitstatus_to_exitcode(status)
+                    return f"rank {rank} died of signal {-code}" if code < 0 else f"rank {rank} failed"
+        for rank in self.pids.values():
+            heart = self.folder / f"heartbeat-{rank}"
+            # heartbeats are file times; only their change is used, never their value
+            seen = _age(heart) if heart.exists() else time.monotonic() - self.born
+            if seen > STALE_S:
+                return f"rank {rank} made no progress for {STALE_S:g} s"
+        return None
+
+
+_beats: dict[Path, tuple[int, float]] = {}
+
+
+def _age(heart: Path) -> float:
+    """Seconds since the file was last seen to change."""
+    stamp = heart.stat().st_mtime_ns
+    if heart not in _beats or _beats[heart][0] != stamp:
+        _beats[heart] = (stamp, time.monotonic())
+    return time.monotonic() - _beats[heart][1]
+
+
+def _fork(folder: Path, rank: int, world: int, port: int, generation: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the zygote
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0", NODE_RANK="0",
+            TORCHELASTIC_RUN_ID="millrace", TORCHELASTIC_RESTART_COUNT=str(generation), TMPDIR=str(folder),
+        )  # fmt: skip
+        log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        from models.train import main as train
+
+        train(folder)
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _last_words(folder: Path) -> str:
+    for log in sorted(folder.glob("rank-*.log")):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if lines:
+            return lines[-1][:500]
+    return "no output"
+
+
+def serve() -> None:
+    """The zygote's loop: takes jobs, watches their ranks, answers when they end."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    import models.train  # noqa: F401 - the imports that every rank needs
+
+    groups: list[_Group] = []
+    buffer = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], POLL_S if groups else None)
+        if ready:
+            data = os.read(0, 65_536)
+            if not data:
+                for group in groups:
+                    group.kill()
+                return
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                told = json.loads(line)
+                group = _Group(told["id"], Path(told["folder"]), told["ranks"], told["max_restarts"], time.monotonic())
+                group.start()
+                groups.append(group)
+        groups = [group for group in groups if not _step(group, out)]
+
+
+def _step(group: _Group, out: int) -> bool:
+    """Looks at one group once; true when it has ended."""
+    why = group.poll()
+    if why is None and group.pids:
+        return False
+    if why is not None:
+        group.kill()
+        group.reasons.append(why)
+        write_json(group.folder / "restarts.json", {"reasons": group.reasons})
+        if len(group.reasons) <= group.max_restarts:
+            group.generation += 1
+            group.start()
+            return False
+    ok = why is None and (group.folder / "result.json").is_file()
+    error = "" if ok else f"{why or 'no result'}: {_last_words(group.folder)}"
+    answer = {"id": group.id, "ok": ok, "restarts": group.reasons[: group.max_restarts], "error": error,
+              "seconds": time.monotonic() - group.began}  # fmt: skip
+    os.write(out, (json.dumps(answer) + "\n").encode())
+    return True
+
+
+if __name__ == "__main__":
+    serve()

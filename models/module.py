@@ -1,0 +1,39 @@
+"""The network under Lightning: loss, optimiser, schedule. B rows."""
+
+import math
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim.lr_scheduler import LambdaLR
+
+from models.net import TabularNet
+from pipelines.spec import Train
+
+
+class TabularModule(pl.LightningModule):
+    """Binary cross-entropy by AdamW, with a warm-up and a cosine that ends at `steps`."""
+
+    def __init__(self, net: TabularNet, train: Train, steps: int, seed: int) -> None:
+        super().__init__()
+        self.net, self.hyper, self.steps, self.seed = net, train, steps, seed
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+        # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+        scaled_BX, codes_BC, label_B = batch
+        return binary_cross_entropy_with_logits(self.net(scaled_BX, codes_BC), label_B)
+
+    def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
+        optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=True
+        )
+        warm = max(1, round(self.hyper.warmup * self.steps))
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
