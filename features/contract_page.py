@@ -153,6 +153,6 @@ def render(result: ContractResult) -> str:
     environment.filters["percent"] = percent
     environment.filters["number"] = lambda value: f"{value:,}"
     by_table = {table.table: [c for c in result.checks if c.table == table.table] for table in result.arrived}
-    known = iso(result.watermark_us).replace("T", " ").replace("Z", " UTC") if result.timed else ""
+    known = iso(result.watermark_us).replace("T", " ").removesuffix("Z").removesuffix(":00") if result.timed else ""
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(result=result, by_table=by_table, known=known, format_version=FORMAT_VERSION)

@@ -167,7 +167,8 @@ class Looked:
     """What the store knows about R requested rows at one instant.
 
     `own`: row columns after request fields stood in; `raw` as `frame.assemble` takes it; `unknown` (R): no stored row;
-    `closed_at` (R) µs or NEVER; `events`: view → event time (R) of latest views, MISSING where none.
+    `closed_at` (R) µs or NEVER; `events`: view → event time (R) of latest views, MISSING where none; `aging`: those
+    of them that have a ttl.
     """
 
     own: Columns
@@ -175,6 +176,7 @@ class Looked:
     unknown: np.ndarray
     closed_at: np.ndarray
     events: dict[str, np.ndarray]
+    aging: frozenset[str]
 
 
 class OnlineStore:
@@ -217,7 +219,8 @@ class OnlineStore:
             raw, events = self._views(own, t)
         finally:
             self.db.execute("ROLLBACK")
-        return Looked(own, raw, unknown, closed, events)
+        aging = frozenset(n for n, v in self.spec.features.views.items() if v.latest is not None and v.latest.ttl)
+        return Looked(own, raw, unknown, closed, events, aging)
 
     def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
         start, columns, at = self.read(ROWS, [request_key(r, self.spec.row_key) for r in requests])
@@ -251,7 +254,7 @@ class OnlineStore:
             for name, kind in stored.values:
                 picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
             raw[stored.view][stored.name] = picked
-            if stored.kind == "steps" and "event" in picked:
+            if stored.kind == "steps" and "event" in picked:  # the view itself, not how it was some time ago
                 events[stored.view] = picked["event"]
         return raw, events
 
@@ -298,10 +301,10 @@ class Served:
         return [name for name, values in self.frame.items() if is_missing(values[row : row + 1])[0]]
 
     def stale(self, row: int, after: int | None) -> list[str]:
-        """Latest views whose newest fact is older than `after` (µs), or too old to count."""
+        """Latest views with a ttl whose newest fact is older than `after` (µs), or too old to count."""
         if after is None:
             return []
-        events = {name: int(e[row]) for name, e in self.looked.events.items()}
+        events = {name: int(e[row]) for name, e in self.looked.events.items() if name in self.looked.aging}
         return [name for name, event in events.items() if event != MISSING and self.now - event > after]
 
     def event_times(self, row: int) -> dict[str, str]:

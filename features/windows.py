@@ -33,7 +33,8 @@ from pipelines.spec import Sequence as Chain
 
 T = TypeVar("T")
 Columns = dict[str, np.ndarray]
-TIME = "event_timestamp"  # column of the stored views: when a step, or a state of a sequence, begins
+KEY = "_key"  # of stored views: text of the key. Names of ours begin with _, as no column of a source should
+TIME = "_time"  # of stored views: when a step, or a state of a sequence, begins
 LIMIT = 2**62  # sums of window values must stay below
 
 
@@ -253,17 +254,17 @@ def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np
 def window_values(source: Source, shape: Window, table: pa.Table, rows: np.ndarray) -> Columns:
     """What each fact adds to the sums of a window view (int64, N: the rows)."""
     at = pa.array(rows)
-    found: Columns = {"count": np.ones(len(rows), np.int64)}
+    found: Columns = {"_count": np.ones(len(rows), np.int64)}
     for name in dict.fromkeys((*shape.mean, *shape.std)):
         values = floats(table[name].take(at))
-        found[f"{name}_n"] = (~np.isnan(values)).astype(np.int64)
-        found[f"{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
+        found[f"_{name}_n"] = (~np.isnan(values)).astype(np.int64)
+        found[f"_{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
         if name in shape.std:
-            found[f"{name}_squares"] = found[f"{name}_sum"] ** 2
+            found[f"_{name}_squares"] = found[f"_{name}_sum"] ** 2
     for name, condition in shape.share.items():
         true, there = holds(condition, table[condition.column].take(at))
-        found.setdefault(f"{condition.column}_n", there.astype(np.int64))
-        found[f"{name}_hits"] = true.astype(np.int64)
+        found.setdefault(f"_{condition.column}_n", there.astype(np.int64))
+        found[f"_{name}_hits"] = true.astype(np.int64)
     return found
 
 
@@ -280,7 +281,7 @@ def window_steps(group: Group, values: Columns, length: int, *, ahead: bool, sin
     stays = enter < leave
     less = {name: -value for name, value in values.items()}
     steps = accumulate(group.keys, group.code, [(enter, stays, values), (leave, stays & (leave < NEVER), less)])
-    most = int(steps.columns["count"].max(initial=0))
+    most = int(steps.columns["_count"].max(initial=0))
     for name, value in values.items():
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
@@ -297,18 +298,18 @@ def open_steps(group: Group, closed_at: np.ndarray, length: int, since: int) -> 
     leave = np.minimum(group.known_to, end)
     closes = np.minimum(leave, closed_at)
     one, still = np.ones(len(enter), np.int64), enter < closes
-    more = {"due": one, "open": still.astype(np.int64), "open_over": np.where(still, group.over, 0)}
+    more = {"_due": one, "_open": still.astype(np.int64), "_over": np.where(still, group.over, 0)}
     moves = [
         (enter, enter < leave, more),
-        (leave, (enter < leave) & (leave < NEVER), {"due": -one}),
-        (closes, still & (closes < NEVER), {"open": -one, "open_over": -group.over}),
+        (leave, (enter < leave) & (leave < NEVER), {"_due": -one}),
+        (closes, still & (closes < NEVER), {"_open": -one, "_over": -group.over}),
     ]
     return accumulate(group.keys, group.code, moves)
 
 
 def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     """Steps of a latest view: column `row` is the position of the newest live version in `facts` (−1: expired or
-    none), column `event` its event time, also when expired."""
+    none), column `_event` its event time, also when expired."""
     table = facts.table
     keys, codes = grouped(text_keys(key_arrays(table, shape.key), table.num_rows))
     event = int_times(table[source.event_time]) if source.event_time else np.zeros(len(codes), np.int64)
@@ -331,7 +332,7 @@ def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     code, t, row, seen = code[order], t[order], row[order], seen[order]
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t, row, seen = code[last], t[last], row[last], seen[last]
-    return Steps(keys, np.searchsorted(code, np.arange(len(keys) + 1)), t, {"row": row, "event": seen})
+    return Steps(keys, np.searchsorted(code, np.arange(len(keys) + 1)), t, {"row": row, "_event": seen})
 
 
 def _running_max(values: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -402,15 +403,16 @@ def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     known = plans.known_from[plan[kept]]
     kept = kept[np.lexsort((known, due[kept], chain[kept]))]  # ties: by fact, then time, as they are
     code, t, until, due, chain, at = (x[kept] for x in (code, t, until, due, chain, plan))
-    columns = {name: plans.table[name].take(pa.array(at)) for name in (*shape.key, *shape.columns)}
+    columns = {name: plans.table[name].take(pa.array(at)) for name in shape.key}
+    columns |= {held(name, shape.key): plans.table[name].take(pa.array(at)) for name in shape.columns}
     for name, v in others.items():
         rows = np.flatnonzero(codes[name] >= 0)
         rows = rows[order_of(codes[name][rows], v.known_from[rows])]
         found = as_of(_starts(codes[name][rows], len(keys)), v.known_from[rows], code, t)
         take = pa.array(rows[np.maximum(found, 0)] if len(rows) else found, mask=found < 0)
         for column in shape.facts[name]:
-            columns[f"{name}_{column}"] = pa.array(floats(v.table[column].take(take)), from_pandas=True)
-    return pa.table({"chain": repeated(chains, chain), **columns, "order": due, "live_to": until, TIME: stamps(t)})
+            columns[f"_{name}_{column}"] = pa.array(floats(v.table[column].take(take)), from_pandas=True)
+    return pa.table({KEY: repeated(chains, chain), **columns, "_order": due, "_live_to": until, TIME: stamps(t)})
 
 
 def _starts(sorted_codes: np.ndarray, n_keys: int) -> np.ndarray:
@@ -452,6 +454,15 @@ class Stored:
     length: int = 0
     ahead: bool = False
 
+    def source_column(self, name: str) -> str:
+        """The column of the source whose values are kept as `name`."""
+        return next((c for c in self.key if held(c, self.key) == name), name)
+
+
+def held(column: str, key: Sequence[str]) -> str:
+    """Name under which a view keeps a value: the name of a key column is taken by the key."""
+    return f"_{column}" if column in key else column
+
 
 def stored_views(spec: Spec) -> list[Stored]:
     """Every table that the features of a spec are kept in: one per view and window length."""
@@ -460,11 +471,11 @@ def stored_views(spec: Spec) -> list[Stored]:
         shape = view.shape
         source = spec.sources[shape.source]
         if isinstance(shape, Window):
-            integers = ["count"]
+            integers = ["_count"]
             for column in dict.fromkeys((*shape.mean, *shape.std)):
-                integers += [f"{column}_n", f"{column}_sum"] + [f"{column}_squares"] * (column in shape.std)
+                integers += [f"_{column}_n", f"_{column}_sum"] + [f"_{column}_squares"] * (column in shape.std)
             for share, condition in shape.share.items():
-                integers += [f"{condition.column}_n", f"{share}_hits"]
+                integers += [f"_{condition.column}_n", f"_{share}_hits"]
             integers = list(dict.fromkeys(integers))
             for ahead, lengths in ((False, shape.last), (True, shape.next)):
                 for length in lengths:
@@ -473,21 +484,21 @@ def stored_views(spec: Spec) -> list[Stored]:
         elif isinstance(shape, Open):
             for length in shape.last:
                 title = f"{name}_{duration_text(length)}"
-                found.append(Stored(title, name, "steps", shape.key, ("due", "open", "open_over"), (), length))
+                found.append(Stored(title, name, "steps", shape.key, ("_due", "_open", "_over"), (), length))
         elif isinstance(shape, Latest):
             change = shape.change
             both = dict.fromkeys((*shape.columns, *(change.columns if change else ())))
-            typed = tuple((c, source.columns[c].type) for c in both)
-            found.append(Stored(name, name, "steps", shape.key, ("event",), typed))
+            typed = tuple((held(c, shape.key), source.columns[c].type) for c in both)
+            found.append(Stored(name, name, "steps", shape.key, ("_event",), typed))
             for ago in change.over if change else ():
                 assert change is not None
                 title = f"{name}_ago_{duration_text(ago)}"
-                some = tuple((c, source.columns[c].type) for c in change.columns)
-                found.append(Stored(title, name, "ago", shape.key, ("event",), some, ago))
+                some = tuple((held(c, shape.key), source.columns[c].type) for c in change.columns)
+                found.append(Stored(title, name, "ago", shape.key, ("_event",), some, ago))
         else:
-            typed = tuple((c, source.columns[c].type) for c in shape.columns)
-            typed += tuple((f"{s}_{c}", "float64") for s, cs in shape.facts.items() for c in cs)
-            found.append(Stored(name, name, "sequence", shape.key, ("order",), typed))
+            typed = tuple((held(c, shape.key), source.columns[c].type) for c in shape.columns)
+            typed += tuple((f"_{s}_{c}", "float64") for s, cs in shape.facts.items() for c in cs)
+            found.append(Stored(name, name, "sequence", shape.key, ("_order",), typed))
     return found
 
 
@@ -528,14 +539,14 @@ def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
 def step_table(stored: Stored, steps: Steps, table: pa.Table, first: np.ndarray) -> pa.Table:
     """Steps as they are stored; `first`: for each key a row of the fact table that has it."""
     code = np.repeat(np.arange(len(steps.keys)), np.diff(steps.start))
-    columns = {"key": repeated(steps.keys, code)}
+    columns = {KEY: repeated(steps.keys, code)}
     for name in stored.key:
         columns[name] = repeated(one_chunk(table[name].take(pa.array(first))), code)
     columns |= {name: pa.array(steps.columns[name]) for name in stored.integers}
     if stored.values:
         row = steps.columns["row"]
         rows = pa.array(np.maximum(row, 0), mask=row < 0)
-        columns |= {name: table[name].take(rows) for name, _ in stored.values}
+        columns |= {name: table[stored.source_column(name)].take(rows) for name, _ in stored.values}
     return pa.table({**columns, TIME: stamps(steps.t)})
 
 
@@ -595,43 +606,45 @@ def derive(
     if isinstance(shape, Window):
         for prefix, columns in raw.items():
             if shape.count:
-                found[f"{prefix}__count"] = columns["count"].astype(np.float64)
+                found[f"{prefix}__count"] = columns["_count"].astype(np.float64)
             for c in shape.mean:
-                n, total = columns[f"{c}_n"], columns[f"{c}_sum"]
+                n, total = columns[f"_{c}_n"], columns[f"_{c}_sum"]
                 found[f"{prefix}__{c}_mean"] = _ratio(total, n) * resolution(source, c)
             for c in shape.std:
-                n, total, squares = (columns[f"{c}_{part}"] for part in ("n", "sum", "squares"))
+                n, total, squares = (columns[f"_{c}_{part}"] for part in ("n", "sum", "squares"))
                 variance = _ratio(squares, n) - _ratio(total, n) ** 2
                 found[f"{prefix}__{c}_std"] = np.sqrt(np.maximum(variance, 0.0)) * resolution(source, c)
             for c, condition in shape.share.items():
-                found[f"{prefix}__{c}_share"] = _ratio(columns[f"{c}_hits"], columns[f"{condition.column}_n"])
+                found[f"{prefix}__{c}_share"] = _ratio(columns[f"_{c}_hits"], columns[f"_{condition.column}_n"])
     elif isinstance(shape, Open):
         for prefix, columns in raw.items():
-            due, still = columns["due"], columns["open"]
+            due, still = columns["_due"], columns["_open"]
             found[f"{prefix}__due"], found[f"{prefix}__open"] = due.astype(np.float64), still.astype(np.float64)
             found[f"{prefix}__open_share"] = _ratio(still, due)
             with np.errstate(over="ignore"):
-                late = still * t - columns["open_over"]
+                late = still * t - columns["_over"]
             found[f"{prefix}__late_mean"] = _ratio(late, still) / 60e6
     elif isinstance(shape, Latest):
-        found = {f"{name}__{c}": raw[name][c] for c in shape.columns}
+        found = {f"{name}__{c}": raw[name][held(c, shape.key)] for c in shape.columns}
         for ago in shape.change.over if shape.change else ():
             assert shape.change is not None
             before = raw[f"{name}_ago_{duration_text(ago)}"]
             for c in shape.change.columns:
-                found[f"{name}__{c}_change_{duration_text(ago)}"] = raw[name][c] - before[c]
+                kept = held(c, shape.key)
+                found[f"{name}__{c}_change_{duration_text(ago)}"] = raw[name][kept] - before[kept]
     else:
         columns = raw[name]
-        there = columns["order"] != MISSING
-        gap = np.where(there, own[shape.order] - np.where(there, columns["order"], 0), 0)
+        there = columns["_order"] != MISSING
+        gap = np.where(there, own[shape.order] - np.where(there, columns["_order"], 0), 0)
         found[f"{name}__gap_min"] = np.where(there, gap / 60e6, np.nan)
         for c in shape.columns:
+            values = columns[held(c, shape.key)]
             if source.columns[c].type == "timestamp":
-                known = columns[c] != MISSING
-                found[f"{name}__{c}_min"] = np.where(known, (t - np.where(known, columns[c], 0)) / 60e6, np.nan)
+                known = values != MISSING
+                found[f"{name}__{c}_min"] = np.where(known, (t - np.where(known, values, 0)) / 60e6, np.nan)
             else:
-                found[f"{name}__{c}"] = columns[c]
-        found |= {f"{name}__{s}_{c}": columns[f"{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
+                found[f"{name}__{c}"] = values
+        found |= {f"{name}__{s}_{c}": columns[f"_{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
     for feature, values in found.items():
         if null_key.any():
             found[feature] = np.where(null_key, None if values.dtype == object else np.nan, values)  # type: ignore[call-overload]

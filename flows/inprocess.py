@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from deploy.record import Outcome
 from flows.serving import SERVER, spawn_server, wait_for_server
 from pipelines.errors import MillraceError
 from pipelines.home import Home
+from pipelines.manifest import write_atomic
 
 HEAVY = ("feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
 
@@ -24,15 +26,28 @@ def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str])
             importlib.import_module(module)
         quiet()
         wait_for_server(server)
+        from prefect.logging.handlers import APILogHandler
+
         from flows.retrain import retrain
 
         state: Any = retrain(pipeline, as_of, overrides, return_state=True)
         result = state.result(raise_on_failure=False)
+        APILogHandler.flush()
     if isinstance(result, BaseException):
-        raise result
+        raise result if isinstance(result, MillraceError) else _told(home, pipeline, result) from None
     if not isinstance(result, Outcome):
         raise MillraceError(f"the flow ended {state.name}: {state.message}")
     return result
+
+
+def _told(home: Home, pipeline: str, error: BaseException) -> MillraceError:
+    """One sentence about an unexpected error; the traceback goes to a file of the home."""
+    path = home.root / "errors" / f"{pipeline.replace('/', '_')}.txt"
+    write_atomic(path, "".join(traceback.format_exception(error)))
+    return MillraceError(
+        f"{type(error).__name__}: {str(error)[:300]} (traceback in {path}); nothing was published, and "
+        f"`millrace run {pipeline}` goes on where this run stopped"
+    )
 
 
 @contextmanager
@@ -54,5 +69,5 @@ def quiet() -> None:
     """Silences library chatter; ours goes to stderr line by line."""
     warnings.filterwarnings("ignore")
     for name in ("prefect", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)

@@ -166,6 +166,7 @@ def draw(spec: Spec, space: Mapping[str, Range], before: list[Trial], slot: int)
     """The parameters of a slot: what a TPE seeded by (seed, slot) asks for, knowing the complete generations."""
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed = int.from_bytes(hashlib.sha256(f"{spec.seed}/{slot}".encode()).digest()[:4], "big")
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False, n_startup_trials=spec.tune.size)
     study = optuna.create_study(sampler=sampler)

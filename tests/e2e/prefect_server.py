@@ -44,7 +44,7 @@ class PrefectServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The caller's without his Prefect settings: a developer's PREFECT_API_URL stays out."""
+        """The caller's, less its Prefect settings: a developer's PREFECT_API_URL stays out."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.api_url, "TZ": "UTC"}
         return {**inherited, **SETTINGS, **own, "PYTHONSAFEPATH": "1"}

@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +33,7 @@ from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling, Pending
 
+from flows.sweep import is_gone
 from tests.e2e.prefect_server import PrefectServer, prefect_server, running, tail, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -97,22 +98,20 @@ def deadly():
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Worker:
     """`python -m flows.sweep` on the server, with the worker that it keeps."""
 
     server: PrefectServer
     folder: Path
-    process: subprocess.Popen[bytes] | None = None
+    running: ExitStack = field(default_factory=ExitStack)
 
-    def __enter__(self) -> Worker:
-        self.stack = ExitStack()
+    def start(self) -> None:
         environment = {**self.server.environment, "PREFECT_WORKER_QUERY_SECONDS": "2"}
-        self.process = self.stack.enter_context(running(SWEEP, environment, self.log, cwd=self.folder))
-        return self
+        self.running.enter_context(running(SWEEP, environment, self.log, cwd=self.folder))
 
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+    def stop(self) -> None:
+        self.running.close()
 
     @property
     def log(self) -> Path:
@@ -184,8 +183,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         prefect_server(folder / "home") as server,
         SyncPrefectClient(server.api_url) as client,
         web_hook() as (url, alerts),
-        Worker(server, folder) as worker,
+        ExitStack() as at_the_end,
     ):
+        worker = Worker(server, folder)
+        at_the_end.callback(worker.stop)
+        worker.start()
         stage = Stage(server, folder, client, worker, alerts)
         set_alert(server, folder, f"{url}/old")
         wait_for(lambda: client.read_work_pools(), 60, lambda: f"the worker's pool: {tail(worker.log)}")
@@ -234,29 +236,25 @@ def schedule_long_ago(stage: Stage, flow: str) -> None:
         assert database.execute(update, [str(run_id)]).rowcount == 1
 
 
-class web_hook:  # noqa: N801
-    """A server on this machine that collects what is posted to `/`, as (url, messages)."""
+@contextmanager
+def web_hook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server on this machine that collects what is posted to it, as (url, messages)."""
+    messages: list[dict[str, Any]] = []
 
-    def __enter__(self) -> tuple[str, list[dict[str, Any]]]:
-        messages: list[dict[str, Any]] = []
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            messages.append({"path": self.path, **json.loads(body)})
+            self.send_response(200)
+            self.end_headers()
 
-        class Receiver(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                messages.append({"path": self.path, **json.loads(body)})
-                self.send_response(200)
-                self.end_headers()
+        def log_message(self, *_: object) -> None:
+            pass
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}", messages
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", messages
+        server.shutdown()
 
 
 def chain(engine: int) -> tuple[psutil.Process, psutil.Process, psutil.Process]:
@@ -316,7 +314,7 @@ def test_cancel_after_a_restart_ends_cancelled(stage: Stage) -> None:
     engine, _ = stage.nth_event("held-b", 2, 15)
     stage.client.set_flow_run_state(run_id, Cancelling())
     stage.ended(run_id, "Cancelled")
-    wait_for(lambda: not psutil.pid_exists(engine), 10, "no flow process")
+    wait_for(lambda: is_gone(engine), 10, "no flow process")
 
 
 def test_sweep_takes_up_what_was_killed_with_the_worker(stage: Stage) -> None:
@@ -341,7 +339,7 @@ def test_run_outlives_its_worker(stage: Stage) -> None:
     killed = time.time()
     _, resumed = stage.nth_event("held-d", 2, 40)
     print(f"kill of the worker -> body: {resumed - killed:.1f} s")
-    assert not guard.is_running()
+    assert is_gone(guard.pid)
     assert_resumed(stage, run_id, "d")
 
 
@@ -355,12 +353,12 @@ def test_stopped_worker_hands_its_run_back(stage: Stage) -> None:
     engine, _ = stage.nth_event("held-e", 1, 60)
     processes = chain(engine)
     began = time.time()
-    stage.worker.__exit__()
+    stage.worker.stop()
     print(f"stop: {time.time() - began:.1f} s")
-    assert [process for process in processes if process.is_running()] == []
+    assert all(is_gone(process.pid) for process in processes)
     state = stage.run(run_id).state
     assert state and state.name == "AwaitingRetry"
-    stage.worker.__enter__()
+    stage.worker.start()
     stage.nth_event("held-e", 2, 40)
     assert_resumed(stage, run_id, "e")
 
