@@ -3,13 +3,14 @@
 import importlib
 import logging
 import os
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deploy.process import Service, free_port, running, stop
+from deploy.process import Service, call, free_port, running, stop
 from deploy.record import Outcome
 from flows.serving import SERVER, spawn_server, wait_for_server
 from pipelines.errors import MillraceError
@@ -26,18 +27,32 @@ def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str])
             importlib.import_module(module)
         quiet()
         wait_for_server(server)
-        from prefect.logging.handlers import APILogHandler
-
         from flows.retrain import retrain
 
         state: Any = retrain(pipeline, as_of, overrides, return_state=True)
         result = state.result(raise_on_failure=False)
-        APILogHandler.flush()
+        _settle(f"{server.url}/api", str(state.state_details.flow_run_id))
     if isinstance(result, BaseException):
         raise result if isinstance(result, MillraceError) else _told(home, pipeline, result) from None
     if not isinstance(result, Outcome):
         raise MillraceError(f"the flow ended {state.name}: {state.message}")
     return result
+
+
+def _settle(api: str, flow_run: str, *, wait_s: float = 10) -> None:
+    """Returns when the server has all logs and task states of the run: events that are on the way would be lost."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
+    going = {"flow_runs": {"id": {"any_": [flow_run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        status, count = call(f"{api}/task_runs/count", going)
+        if status == 200 and count == 0:
+            return
+        time.sleep(0.2)
 
 
 def _told(home: Home, pipeline: str, error: BaseException) -> MillraceError:

@@ -103,7 +103,12 @@ def spawn_server(home: Home, port: int) -> Service:
     if not port_is_free(port):
         raise MillraceError(f"port {port} is taken; stop what listens there, or type `millrace up --port PORT`")
     url = f"http://127.0.0.1:{port}"
-    env = {"PREFECT_UI_API_URL": f"{url}/api", "PREFECT_API_URL": f"{url}/api"}
+    env = {
+        "PREFECT_UI_API_URL": f"{url}/api",
+        "PREFECT_API_URL": f"{url}/api",
+        # slots that runs hold outlive the server; in memory they would be lost with it, and the runs cancelled
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
     return _spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env)
 
 
@@ -121,7 +126,7 @@ def wait_for_server(server: Service, *, wait_s: float = 120) -> None:
 
 
 def _start_worker(home: Home, api: str) -> str:
-    env = {**os.environ, **process_env(home), "PREFECT_API_URL": api}
+    env = {**os.environ, **process_env(home), "PREFECT_API_URL": api, "PWD": str(ROOT)}
     for command in (
         ["prefect", "work-pool", "create", "local", "--type", "process", "--overwrite"],
         ["prefect", "--no-prompt", "deploy", "--all"],
