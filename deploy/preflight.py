@@ -115,8 +115,8 @@ def entities(spec: Spec, home: Home, features: FeatureSet) -> tuple[list[dict[st
     table = pq.read_table(home.root / features.path / "online_rows.parquet")
     if spec.predict_at is not None:
         now = int(read_json(home.root / features.path / "done.json")["watermark_us"])
-        live = pc.and_(pc.less_equal(table["live_from"], now), pc.greater(table["live_to"], now))
-        table = table.filter(pc.and_(live, pc.greater(table["closed_at"], now)))
+        live = pc.and_(pc.less_equal(table["_live_from"], now), pc.greater(table["_live_to"], now))
+        table = table.filter(pc.and_(live, pc.greater(table["_closed_at"], now)))
         asked = int_times(table[spec.predict_at.column]) - spec.predict_at.lead
         table = table.take(pa.array(np.argsort(np.abs(asked - now), kind="stable")))
     table = table.slice(0, ROWS).combine_chunks()
@@ -126,10 +126,10 @@ def entities(spec: Spec, home: Home, features: FeatureSet) -> tuple[list[dict[st
         n: [iso(v) for v in int_times(table[n]).tolist()]
         if n in columns and columns[n].type == "timestamp"
         else table[n].to_pylist()
-        for n in (["key"] if spec.row_key == ("row_digest",) else names)
+        for n in (["_key"] if spec.row_key == ("row_digest",) else names)
     }
     if spec.row_key == ("row_digest",):
-        shown = {"row_digest": shown["key"]}
+        shown = {"row_digest": shown["_key"]}
     return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)], table
 
 

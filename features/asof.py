@@ -27,7 +27,7 @@ from feast.repo_config import FeastConfigBaseModel
 from feast.utils import _get_requested_feature_views_to_features_dict
 
 from features.keys import codes_of, key_runs, text_keys
-from features.windows import TIME, Versions, as_of, int_times, latest_steps, previous
+from features.windows import KEY, TIME, Versions, as_of, int_times, latest_steps, previous
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Latest, Source
@@ -168,15 +168,15 @@ def _join(
     back = {new: old for old, new in mapping.items()}
     path, kind = _path(config, source), view.tags.get("millrace.kind")
     if kind == "sequence":
-        table = pq.read_table(path, read_dictionary=["chain"])
+        table = pq.read_table(path, read_dictionary=[KEY])
         own = int_times(rows[view.tags["millrace.order"]])
         found = _previous(table, asked, t, own, int(view.tags["millrace.within"]))
         columns = table
     elif kind in ("steps", "ago"):
-        names = ["key", source.timestamp_field, *(back.get(f, f) for f in features)]
-        columns = pq.read_table(path, columns=names, read_dictionary=["key"])
+        names = [KEY, source.timestamp_field, *(back.get(f, f) for f in features)]
+        columns = pq.read_table(path, columns=names, read_dictionary=[KEY])
         step_t = int_times(columns[source.timestamp_field])
-        keys, start = key_runs(columns["key"])
+        keys, start = key_runs(columns[KEY])
         found = as_of(start, step_t, codes_of(asked, keys), t)
     else:
         columns = pq.read_table(path)
@@ -188,8 +188,8 @@ def _join(
 
 
 def _previous(table: pa.Table, asked: pa.Array, t: np.ndarray, own: np.ndarray, within: int) -> np.ndarray:
-    keys, start = key_runs(table["chain"])
-    order, live_to = (table[c].to_numpy() for c in ("order", "live_to"))
+    keys, start = key_runs(table[KEY])
+    order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
     return previous(start, order, int_times(table[TIME]), live_to, codes_of(asked, keys), t, own, within)
 
 
@@ -204,7 +204,7 @@ def _newest_known(
     facts = Versions(table.take(pa.array(order)), np.arange(len(order)), known[order], np.full(len(order), NEVER))
     ttl = int(view.ttl.total_seconds() * 1e6) if view.ttl else None
     shape = Latest.model_construct(source="", key=tuple(key), columns=(), ttl=ttl or None, change=None)
-    described = Source.model_construct(event_time=source.timestamp_field, key=tuple(key))
+    described = Source.model_construct(event_time=source.timestamp_field, key=tuple(key), columns={})
     steps = latest_steps(described, shape, facts)
     at = as_of(steps.start, steps.t, codes_of(asked, steps.keys), t)
     row = np.where(at >= 0, steps.columns["row"][np.maximum(at, 0)], -1) if len(steps.t) else at

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from features.frame import assemble, is_missing
 from features.keys import key_runs, request_key, text_key
-from features.windows import TIME, Columns, Stored, as_of, int_times, previous, stored_views
+from features.windows import KEY, TIME, Columns, Stored, as_of, int_times, previous, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.spec import Sequence as Chain
@@ -51,12 +51,12 @@ def layouts(spec: Spec) -> dict[str, Layout]:
     times = tuple(c for c, column in columns.items() if column.type == "timestamp")
     words = tuple(c for c, column in columns.items() if column.type == "string")
     numbers = tuple(c for c in columns if c not in times and c not in words)
-    found[ROWS] = Layout(ROWS, ("live_from", "live_to", "closed_at", *times), numbers, words)
+    found[ROWS] = Layout(ROWS, ("_live_from", "_live_to", "_closed_at", *times), numbers, words)
     return found
 
 
 def _layout(stored: Stored) -> Layout:
-    first = ("order", "live_from", "live_to") if stored.kind == "sequence" else ("t", *stored.integers)
+    first = ("_order", TIME, "_live_to") if stored.kind == "sequence" else (TIME, *stored.integers)
     times = tuple(c for c, kind in stored.values if kind == "timestamp")
     words = tuple(c for c, kind in stored.values if kind == "string")
     numbers = tuple(c for c, kind in stored.values if kind not in ("timestamp", "string"))
@@ -136,29 +136,26 @@ def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str)
 def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list[str], np.ndarray, pa.Table]:
     """The rows of a view that are needed from the anchor on, by key."""
     if layout.view == ROWS:
-        table = pq.read_table(features / "online_rows.parquet", read_dictionary=["key"])
-        return _by_key(table.filter(pc.greater(table["live_to"], anchor)), "key")
-    sequence = layout.times[0] == "order"
-    key, time = ("chain", "live_from") if sequence else ("key", "t")
-    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False, read_dictionary=[key])
-    table = table.rename_columns([time if name == TIME else name for name in table.column_names])
-    if sequence:
+        table = pq.read_table(features / "online_rows.parquet", read_dictionary=[KEY])
+        return _by_key(table.filter(pc.greater(table["_live_to"], anchor)))
+    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False, read_dictionary=[KEY])
+    if layout.times[0] == "_order":
         view = spec.features.views[layout.view].shape
         assert isinstance(view, Chain)
-        near = pc.greater_equal(table["order"], anchor - RECENT - view.within)
-        return _by_key(table.filter(pc.and_(near, pc.greater(table["live_to"], anchor))), key)
-    later = int_times(table["t"]) > anchor
-    start = key_runs(table[key])[1]
+        near = pc.greater_equal(table["_order"], anchor - RECENT - view.within)
+        return _by_key(table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor))))
+    later = int_times(table[TIME]) > anchor
+    start = key_runs(table[KEY])[1]
     last = np.zeros(len(later), bool)
     last[start[1:] - 1] = True
     followed = np.append(later[1:], False)[: len(later)]
-    return _by_key(table.filter(pa.array(later | last | followed)), key)
+    return _by_key(table.filter(pa.array(later | last | followed)))
 
 
-def _by_key(table: pa.Table, column: str) -> tuple[list[str], np.ndarray, pa.Table]:
+def _by_key(table: pa.Table) -> tuple[list[str], np.ndarray, pa.Table]:
     if not table.num_rows:
         return [], np.zeros(1, np.int64), table
-    keys, start = key_runs(table[column])
+    keys, start = key_runs(table[KEY])
     return keys.to_pylist(), start, table
 
 
@@ -224,13 +221,13 @@ class OnlineStore:
 
     def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
         start, columns, at = self.read(ROWS, [request_key(r, self.spec.row_key) for r in requests])
-        found = as_of(start, columns["live_from"], at, np.full(len(requests), now))
+        found = as_of(start, columns["_live_from"], at, np.full(len(requests), now))
         safe, there = np.maximum(found, 0), found >= 0
         own: Columns = {}
         for name, column in self.spec.row_source.columns.items():
             asked = np.array([r.get(name) for r in requests], object)
             own[name] = _column(column.type, columns[name][safe] if len(columns[name]) else None, there, asked)
-        closed = np.where(there, columns["closed_at"][safe], NEVER) if there.any() else np.full(len(requests), NEVER)
+        closed = np.where(there, columns["_closed_at"][safe], NEVER) if there.any() else np.full(len(requests), NEVER)
         return own, ~there, closed
 
     def _views(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
@@ -242,20 +239,20 @@ class OnlineStore:
             start, columns, at = self.read(stored.name, keys[stored.key])
             shape = self.spec.features.views[stored.view].shape
             if isinstance(shape, Chain):
-                found = previous(start, columns["order"], columns["live_from"], columns["live_to"], at, t,
+                found = previous(start, columns["_order"], columns[TIME], columns["_live_to"], at, t,
                                  own[shape.order], shape.within)  # fmt: skip
             else:
-                found = as_of(start, columns["t"], at, t)
+                found = as_of(start, columns[TIME], at, t)
             there, safe = found >= 0, np.maximum(found, 0)
             picked: Columns = {}
             for name in stored.integers:
-                none = MISSING if name in ("event", "order") else 0
+                none = MISSING if name in ("_event", "_order") else 0
                 picked[name] = np.where(there, columns[name][safe], none) if there.any() else np.full(len(t), none)
             for name, kind in stored.values:
                 picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
             raw[stored.view][stored.name] = picked
-            if stored.kind == "steps" and "event" in picked:  # the view itself, not how it was some time ago
-                events[stored.view] = picked["event"]
+            if stored.kind == "steps" and "_event" in picked:  # the view itself, not how it was some time ago
+                events[stored.view] = picked["_event"]
         return raw, events
 
 

@@ -95,7 +95,9 @@ class Preprocess:
         return cls(**{name: tuple(value) for name, value in body.items()})
 
 
-def fit(frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[Feature], *, rare: int = 20) -> Preprocess:
+def fit(
+    frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[Feature], *, rare: int = 20
+) -> Preprocess:  # fmt: skip
     """Learns ranges, scales and vocabularies from the rows where `train` is true.
 
     Numbers are clipped to their 0.1 and 99.9 percentiles before scaling. Categories seen fewer than `rare` times
@@ -120,6 +122,7 @@ def fit(frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[F
     for name in categories:
         words, counts = np.unique([v for v in frame[name][train] if v is not None], return_counts=True)
         vocabulary.append(tuple(str(w) for w, n in zip(words, counts, strict=True) if n >= rare))
+    low, high, mean, std = (tuple(values) for values in learned.values())
     return Preprocess(
-        tuple(numbers), tuple(categories), *(tuple(v) for v in learned.values()), tuple(may_miss), tuple(vocabulary)
+        tuple(numbers), tuple(categories), low, high, mean, std, tuple(may_miss), tuple(vocabulary)
     )

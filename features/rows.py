@@ -58,7 +58,7 @@ def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> R
         counts["closed_before_asked"] = int(too_late.sum())
         chosen = chosen[~too_late]
     table, t, name = v.table.take(pa.array(chosen)), t[chosen], names.take(pa.array(chosen))
-    label, label_known = _labels(spec, tables, name, as_of)
+    label, label_known = labels(spec, tables, name, as_of)
     order = np.lexsort((codes[chosen], t))
     table, t, name = table.take(pa.array(order)).combine_chunks(), t[order], name.take(pa.array(order))
     label, label_known = label[order], label_known[order]
@@ -69,7 +69,7 @@ def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> R
     return Rows(table, name, t, label, label_known, part, counts)
 
 
-def _labels(spec: Spec, tables: Mapping[str, pa.Table], name: pa.Array, as_of: int) -> tuple[np.ndarray, np.ndarray]:
+def labels(spec: Spec, tables: Mapping[str, pa.Table], name: pa.Array, as_of: int) -> tuple[np.ndarray, np.ndarray]:
     """Label (1, 0, −1) and its known-at (NEVER where none) of each key, newest version known at `as_of`."""
     facts = tables[spec.label.source]
     v = versions(facts, spec.sources[spec.label.source])

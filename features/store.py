@@ -23,6 +23,7 @@ from features.ingest import Snapshot, read_table
 from features.keys import key_arrays, text_keys
 from features.online import RECENT
 from features.windows import (
+    KEY,
     TIME,
     Columns,
     Facts,
@@ -135,19 +136,19 @@ def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSe
 
 
 def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) -> pa.Table:
-    """Versions of the rows source that a request may name: key, live_from, live_to, closed_at and the columns."""
+    """Versions of the rows source that a request may name: _key, _live_from, _live_to, _closed_at and the columns."""
     v = versions(tables[spec.rows.source], spec.row_source)
     names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
     closed = first_known(names, closing_facts(spec, tables))
-    table = v.table.select([*spec.row_source.columns]).append_column("key", names)
-    for name, values in (("live_from", v.known_from), ("live_to", v.known_to), ("closed_at", closed)):
+    table = v.table.select([*spec.row_source.columns]).append_column(KEY, names)
+    for name, values in (("_live_from", v.known_from), ("_live_to", v.known_to), ("_closed_at", closed)):
         table = table.append_column(name, pa.array(values))
     keep = pc.is_valid(names)
     if spec.predict_at is not None:
         due = int_times(v.table[spec.predict_at.column])
         keep = pc.and_(keep, pa.array((due >= snapshot.watermark_us - RECENT) | (due == MISSING)))
     table = table.filter(keep)
-    return table.take(pc.sort_indices(table, [("key", "ascending"), ("live_from", "ascending")])).combine_chunks()
+    return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()
 
 
 def apply_feast(spec: Spec, folder: Path) -> None:
@@ -163,7 +164,8 @@ def apply_feast(spec: Spec, folder: Path) -> None:
         "offline_store: {type: features.asof.AsofOfflineStore}\nonline_store: {type: sqlite, path: feast_online.db}\n"
         "entity_key_serialization_version: 3\n"
     )
-    entities, views = {}, []
+    entities: dict[str, Entity] = {}
+    views: list[Any] = []
     for stored in stored_views(spec):
         shape = spec.features.views[stored.view].shape
         source = spec.sources[shape.source]
@@ -175,7 +177,7 @@ def apply_feast(spec: Spec, folder: Path) -> None:
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
         fields += [Field(name=c, dtype=Int64) for c in stored.integers]
-        fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values if c not in stored.key]
+        fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values]
         views.append(
             FeatureView(
                 name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0), schema=fields,
@@ -225,12 +227,11 @@ def _raw_through_feast(
     for stored in stored_views(spec):
         columns = {}
         for name in stored.integers:
-            none = MISSING if name in ("event", "order") else 0
+            none = MISSING if name in ("_event", "_order") else 0
             column = joined[f"{stored.name}__{name}"].combine_chunks().cast(pa.int64())
             columns[name] = column.fill_null(none).to_numpy(zero_copy_only=False)
         for name, kind in stored.values:
-            column = rows[name] if name in stored.key else joined[f"{stored.name}__{name}"]
-            columns[name] = as_array(column, kind)
+            columns[name] = as_array(joined[f"{stored.name}__{name}"], kind)
         raw[stored.view][stored.name] = columns
     return raw
 

@@ -18,7 +18,7 @@ Shapes: N facts or steps, Q queries, K keys.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -647,7 +647,8 @@ def derive(
         found |= {f"{name}__{s}_{c}": columns[f"_{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
     for feature, values in found.items():
         if null_key.any():
-            found[feature] = np.where(null_key, None if values.dtype == object else np.nan, values)  # type: ignore[call-overload]
+            missing: Any = None if values.dtype == object else np.nan
+            found[feature] = np.where(null_key, missing, values)
     return found
 
 

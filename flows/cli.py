@@ -171,6 +171,34 @@ def status() -> Answer:
 
 @_verb
 @_pipeline
+def score(pipeline: str) -> Answer:
+    """Scores every row that can still be asked about, with the champion."""
+    from deploy.scoring import score_open
+
+    home = open_home()
+    _prepared(home)
+    found = score_open(home, load_spec(pipeline).pipeline)
+    return {"text": f"{found.line}\n{home.root / found.path}", **asdict(found)}
+
+
+@_verb
+@_pipeline
+def monitor(pipeline: str) -> Answer:
+    """Quality on the labels that arrived since, and drift of features and scores."""
+    from deploy.monitor import monitor as look
+
+    home = open_home()
+    _prepared(home)
+    found = look(home, load_spec(pipeline).pipeline)
+    most = sorted(found.drift.items(), key=lambda item: -item[1])[:5]
+    lines = [found.line, *(f"alarm: {alarm}" for alarm in found.alarms)]
+    lines += [f"{m:<10} {v:.4f} since then, {found.promised[m]:.4f} on test" for m, v in found.quality.items()]
+    lines += [f"drift {value:.3f}  {name}" for name, value in most]
+    return {"text": "\n".join(lines), **asdict(found)}
+
+
+@_verb
+@_pipeline
 def releases(pipeline: str) -> Answer:
     """The releases of a pipeline, newest last, and which is champion."""
     from deploy.rollout import champion, released

@@ -71,7 +71,7 @@ def recorded(home: Home) -> Iterator[Service]:
     server = running(home, SERVER)
     ours = None
     if server is None:
-        ours = server = spawn_server(home, free_port())
+        ours = server = spawn_server(home, free_port(), tied=True)
     try:
         os.environ["PREFECT_API_URL"] = f"{server.url}/api"
         yield server

@@ -1,6 +1,8 @@
 """What runs on this machine: the endpoint of each pipeline, the Prefect server and its worker."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,8 +100,8 @@ def start_prefect(home: Home, *, port: int, worker: bool) -> Started:
     return Started(tuple(lines), server.url)
 
 
-def spawn_server(home: Home, port: int) -> Service:
-    """Starts the home's Prefect server with its UI; it needs seconds until it answers."""
+def spawn_server(home: Home, port: int, *, tied: bool = False) -> Service:
+    """Starts the home's Prefect server with its UI; it needs seconds until it answers. `tied`: it dies with us."""
     if not port_is_free(port):
         raise MillraceError(f"port {port} is taken; stop what listens there, or type `millrace up --port PORT`")
     url = f"http://127.0.0.1:{port}"
@@ -109,7 +111,7 @@ def spawn_server(home: Home, port: int) -> Service:
         # slots that runs hold outlive the server; in memory they would be lost with it, and the runs cancelled
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    return _spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env)
+    return _spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env, tied=tied)
 
 
 def wait_for_server(server: Service, *, wait_s: float = 120) -> None:
@@ -138,14 +140,21 @@ def _start_worker(home: Home, api: str) -> str:
     return "worker: takes the schedules of prefect.yaml"
 
 
-def _spawn(home: Home, name: str, command: list[str], port: int, extra: dict[str, str]) -> Service:
+def _die_with_parent() -> None:
+    ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _spawn(
+    home: Home, name: str, command: list[str], port: int, extra: dict[str, str], *, tied: bool = False
+) -> Service:  # fmt: skip
     log = home.services(name) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, **process_env(home), **extra}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
-        )
+            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True,
+            preexec_fn=_die_with_parent if tied else None,
+        )  # fmt: skip
     service = Service(process.pid, psutil.Process(process.pid).create_time(), port, name, str(log))
     remember(home, name, service)
     return service

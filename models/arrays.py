@@ -8,8 +8,10 @@ import numpy as np
 
 from features.preprocess import Preprocess
 from features.trainset import TrainingSet
+from pipelines.errors import UsageError
 
 NAMES = ("scaled", "codes", "label", "part")
+MIN_STEPS = 16  # steps per epoch that small tables get at least, by smaller batches
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,23 @@ def write_arrays(data: TrainingSet, folder: Path) -> Path:
         np.save(folder / f"{name}.npy", value)
     data.preprocess.save(folder / "preprocess.json")  # last: it says that the others are whole
     return folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an epoch is cut: `steps` global batches of `batch` rows; what is left over waits for the next shuffle."""
+
+    batch: int
+    steps: int
+
+
+def epoch_shape(rows: int, batch_size: int, world: int) -> Shape:
+    """The same for every world size that divides the batch. Raises UsageError for one that does not."""
+    batch = max(2, min(batch_size, rows // MIN_STEPS))
+    batch -= batch % 8 if batch >= 8 else batch % 2
+    if batch % world:
+        raise UsageError(
+            f"train.ranks {world}: a batch of {batch} rows cannot be cut into {world} equal parts; "
+            f"choose a number of ranks that divides {batch}, or another train.batch_size"
+        )
+    return Shape(batch, max(1, rows // batch))

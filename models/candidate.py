@@ -9,39 +9,50 @@ from typing import Any
 import numpy as np
 
 from features.trainset import TrainingSet, load_training_set
-from models.arrays import write_arrays
+from models.arrays import epoch_shape, write_arrays
 from models.elastic import finish, submit
 from models.ensemble import Choice, choose
-from models.gbdt import Trees, fit_gbdt
-from models.job import Job, Outcome
+from models.gbdt import Trees, default_threads, fit_gbdt
+from models.job import Job, Outcome, Progress
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
+from pipelines.errors import MillraceError
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Spec
 
 FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx"}
 
 
-def train_candidates(spec: Spec, data_folder: Path, study: Path, work: Path, out: Path) -> Note:
+def train_candidates(
+    spec: Spec, data_folder: Path, study: Path, work: Path, out: Path, *, progress: Progress | None = None
+) -> Note:
     """The stage: trains, calibrates and chooses; writes models, `model.json`, `choice.json`, `curves.json`.
 
-    `work` holds checkpoints, from which an interrupted training resumes.
+    `work` holds checkpoints, from which an interrupted training resumes. Raises UsageError where the rows cannot be
+    cut for the ranks, and MillraceError where the network diverges or its ranks die too often.
     """
     data = load_training_set(data_folder)
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
+    epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)
     job = Job(str(write_arrays(data, work / "arrays")), apply(spec.train, _params(best, "network")), spec.seed,
               spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
     folder = work / "network"
     job.prepare(folder)
     future = submit(folder, ranks=ranks, max_restarts=spec.train.max_restarts)
-    trees = _forests(spec, data, best, out)  # while the ranks train
-    outcome = finish(future, folder, ranks)
+    trees = _forests(spec, data, best, out, max(1, default_threads() - ranks))  # while the ranks train
+    outcome = finish(future, folder, ranks, progress)
+    if outcome.result.best_epoch is None:
+        raise MillraceError(
+            f"the network diverged: no finite log loss in {len(outcome.result.curve)} epochs; "
+            "lower train.learning_rate, or its upper end in tune.space"
+        )
     for name in ("network.safetensors", "network.onnx"):
         shutil.copyfile(folder / name, out / name)
     shutil.copyfile(data_folder / "preprocess.json", out / "preprocess.json")
     choice = _choose(data, out)
     _write(data, choice, outcome, trees, out)
+    shutil.rmtree(work / "arrays")  # made again in a second, and large
     chosen = choice.chosen
     restarts = f", {len(outcome.restarts)} restarts" if outcome.restarts else ""
     return Note(
@@ -63,13 +74,13 @@ def _params(best: dict[str, Any], kind: str) -> dict[str, Any]:
     return dict(best[kind]["params"]) if kind in best else {}
 
 
-def _forests(spec: Spec, data: TrainingSet, best: dict[str, Any], out: Path) -> dict[str, Trees]:
+def _forests(spec: Spec, data: TrainingSet, best: dict[str, Any], out: Path, threads: int) -> dict[str, Trees]:
     """The baseline at fixed defaults, and the tuned one where it was tuned."""
-    found = {"gbdt": fit_gbdt(spec.gbdt, data.batch, data.label, data.part, spec.seed)}
-    if "gbdt_tuned" in best:
-        found["gbdt_tuned"] = fit_gbdt(
-            spec.gbdt, data.batch, data.label, data.part, spec.seed, extra=_params(best, "gbdt_tuned")
-        )
+    wanted = {"gbdt": {}, **({"gbdt_tuned": _params(best, "gbdt_tuned")} if "gbdt_tuned" in best else {})}
+    found = {
+        name: fit_gbdt(spec.gbdt, data.batch, data.label, data.part, spec.seed, extra=extra, threads=threads)
+        for name, extra in wanted.items()
+    }
     for name, trees in found.items():
         (out / FILES[name]).write_text(trees.text, encoding="utf-8")
     return found

@@ -17,28 +17,32 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.job import Outcome, Result
+from models.job import Outcome, Progress, Result, share_done
 from pipelines.errors import MillraceError
-from pipelines.manifest import write_json
+from pipelines.manifest import read_json, write_json
 
 POLL_S = 0.05
+LOOK_S = 0.25  # between two looks at how far a job is
 STALE_S = 120.0  # a rank without a heartbeat for so long is hung
 PR_SET_PDEATHSIG = 1
+_RANK_ENV = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # no threads before a fork
+    "GLOO_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_MODULE_LOADING": "LAZY",
+}  # fmt: skip
 
 
 class Zygote:
     """The parent's side: starts the zygote at once, and gives it jobs, several at a time if wanted."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "TMPDIR": os.environ.get("TMPDIR", "/tmp"), "CUDA_MODULE_LOADING": "LAZY"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "models.elastic"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment, bufsize=1,
+            env={**os.environ, **_RANK_ENV}, bufsize=1, start_new_session=True,  # Ctrl-C is for the parent
         )  # fmt: skip
         self.waiting: dict[int, Future[dict[str, Any]]] = {}
         self.lock = threading.Lock()
@@ -46,13 +50,16 @@ class Zygote:
         threading.Thread(target=self._listen, daemon=True, name="zygote").start()
         atexit.register(self.close)
 
-    def submit(self, folder: Path, *, ranks: int, max_restarts: int) -> "Future[dict[str, Any]]":
+    def submit(
+        self, folder: Path, *, ranks: int, max_restarts: int, stale_s: float = STALE_S
+    ) -> "Future[dict[str, Any]]":
         """Starts a job; its future holds what the zygote says in the end."""
         future: Future[dict[str, Any]] = Future()
         with self.lock:
             self.count += 1
             self.waiting[self.count] = future
-            line = {"id": self.count, "folder": str(folder), "ranks": ranks, "max_restarts": max_restarts}
+            line = {"id": self.count, "folder": str(folder), "ranks": ranks, "max_restarts": max_restarts,
+                    "stale_s": stale_s}  # fmt: skip
             assert self.process.stdin is not None
             try:
                 self.process.stdin.write(json.dumps(line) + "\n")
@@ -94,28 +101,40 @@ def start_zygote() -> Zygote:
     return _shared[0]
 
 
-def launch(folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None) -> Outcome:
+def launch(
+    folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None, stale_s: float = STALE_S
+) -> Outcome:
     """Runs the prepared job in `folder` to its end, restarting dead ranks. A finished job is not run again.
 
     Raises MillraceError with the last words of a rank when the restarts are used up.
     """
-    return finish(submit(folder, ranks=ranks, max_restarts=max_restarts, zygote=zygote), folder, ranks)
+    future = submit(folder, ranks=ranks, max_restarts=max_restarts, zygote=zygote, stale_s=stale_s)
+    return finish(future, folder, ranks)
 
 
-def submit(folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None) -> "Future[dict[str, Any]]":
-    """Starts the prepared job in `folder`, unless it has its result already."""
+def submit(
+    folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None, stale_s: float = STALE_S
+) -> "Future[dict[str, Any]]":
+    """Starts the prepared job in `folder`, unless it has its result already. Ranks silent for `stale_s` are hung."""
     if (folder / "result.json").is_file():
         done: Future[dict[str, Any]] = Future()
-        done.set_result({"ok": True, "restarts": [], "seconds": 0.0})
+        done.set_result({"ok": True, "restarts": _restarts(folder), "seconds": 0.0})
         return done
-    return (zygote or start_zygote()).submit(folder, ranks=ranks, max_restarts=max_restarts)
+    chosen = zygote or start_zygote()
+    return chosen.submit(folder, ranks=ranks, max_restarts=max_restarts, stale_s=stale_s)
 
 
-def finish(future: "Future[dict[str, Any]]", folder: Path, ranks: int) -> Outcome:
+def finish(
+    future: "Future[dict[str, Any]]", folder: Path, ranks: int, progress: Progress | None = None
+) -> Outcome:
     """Waits for a submitted job. Raises MillraceError as `launch` does."""
+    while progress is not None and not future.done():
+        wait([future], timeout=LOOK_S)
+        progress(share_done(folder), "network")
     answer = future.result()
     if not answer["ok"]:
-        raise MillraceError(f"training in {folder} failed after {len(answer['restarts'])} restarts: {answer['error']}")
+        count = len(answer["restarts"])
+        raise MillraceError(f"training in {folder} failed after {count} restarts: {answer['error']}")
     return Outcome(Result.load(folder), ranks, tuple(answer["restarts"]), answer["seconds"])
 
 
@@ -127,7 +146,9 @@ class _Group:
     folder: Path
     ranks: int
     max_restarts: int
+    stale_s: float
     began: float
+    allowed: int = 0  # reasons that the folder may hold: earlier launches' and max_restarts more
     generation: int = 0
     pids: dict[int, int] = field(default_factory=dict)  # pid → rank
     reasons: list[str] = field(default_factory=list)
@@ -160,8 +181,8 @@ class _Group:
             heart = self.folder / f"heartbeat-{rank}"
             # heartbeats are file times; only their change is used, never their value
             seen = _age(heart) if heart.exists() else time.monotonic() - self.born
-            if seen > STALE_S:
-                return f"rank {rank} made no progress for {STALE_S:g} s"
+            if seen > self.stale_s:
+                return f"rank {rank} made no progress for {self.stale_s:g} s"
         return None
 
 
@@ -177,12 +198,15 @@ def _age(heart: Path) -> float:
 
 
 def _fork(folder: Path, rank: int, world: int, port: int, generation: int) -> int:
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the zygote
+        if os.getppid() != parent:  # it died before it could be asked
+            os._exit(1)
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
             WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0", NODE_RANK="0",
@@ -204,6 +228,12 @@ def _fork(folder: Path, rank: int, world: int, port: int, generation: int) -> in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _restarts(folder: Path) -> list[str]:
+    """Why the job was restarted so far, in this launch and earlier ones."""
+    path = folder / "restarts.json"
+    return list(read_json(path)["reasons"]) if path.is_file() else []
 
 
 def _last_words(folder: Path) -> str:
@@ -233,7 +263,9 @@ def serve() -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 told = json.loads(line)
-                group = _Group(told["id"], Path(told["folder"]), told["ranks"], told["max_restarts"], time.monotonic())
+                folder, began = Path(told.pop("folder")), time.monotonic()
+                group = _Group(folder=folder, began=began, reasons=_restarts(folder), **told)
+                group.allowed = len(group.reasons) + group.max_restarts
                 group.start()
                 groups.append(group)
         groups = [group for group in groups if not _step(group, out)]
@@ -248,13 +280,13 @@ def _step(group: _Group, out: int) -> bool:
         group.kill()
         group.reasons.append(why)
         write_json(group.folder / "restarts.json", {"reasons": group.reasons})
-        if len(group.reasons) <= group.max_restarts:
+        if len(group.reasons) <= group.allowed:
             group.generation += 1
             group.start()
             return False
     ok = why is None and (group.folder / "result.json").is_file()
     error = "" if ok else f"{why or 'no result'}: {_last_words(group.folder)}"
-    answer = {"id": group.id, "ok": ok, "restarts": group.reasons[: group.max_restarts], "error": error,
+    answer = {"id": group.id, "ok": ok, "restarts": group.reasons[: group.allowed], "error": error,
               "seconds": time.monotonic() - group.began}  # fmt: skip
     os.write(out, (json.dumps(answer) + "\n").encode())
     return True

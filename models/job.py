@@ -14,7 +14,16 @@ from typing import Any
 from pipelines.manifest import read_json, write_json
 from pipelines.spec import Network, Train
 
-Progress = Callable[[float, str], None]  # share done from 0 to 1, and a line that says what is going on
+Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on
+
+
+def share_done(folder: Path) -> float:
+    """How far a running job has come, from 0 to 1: its first rank's heartbeat says step and number of steps."""
+    try:
+        step, steps = (folder / "heartbeat-0").read_text().split()
+    except (OSError, ValueError):  # not begun, or just being written
+        return 0.0
+    return min(1.0, int(step) / max(1, int(steps)))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ class TabularNet(nn.Module):
         super().__init__()
         self.numbers = numbers
         self.embeddings = nn.ModuleList(nn.Embedding(size, network.embedding) for size in categories)
-        self.frequencies = nn.Parameter(network.sigma * torch.randn(numbers, network.frequencies))
+        periodic = numbers * network.frequencies > 0
+        initial = network.sigma * torch.randn(numbers, network.frequencies)
+        self.frequencies = nn.Parameter(initial) if periodic else None
         width = numbers + flags + 2 * numbers * network.frequencies + network.embedding * len(categories)
         layers: list[nn.Module] = []
         for _ in range(network.depth):
@@ -32,7 +34,7 @@ class TabularNet(nn.Module):
     def forward(self, scaled: Tensor, codes: Tensor) -> Tensor:
         """`scaled` float32 (B, F + M), `codes` int64 (B, C) → logit float32 (B)."""
         inputs = [scaled]
-        if self.frequencies.shape[1]:
+        if self.frequencies is not None:
             angle_BFK = 2 * math.pi * scaled[:, : self.numbers, None] * self.frequencies
             angle = angle_BFK.flatten(1)
             inputs += [angle.sin(), angle.cos()]

@@ -17,14 +17,15 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
-from models.arrays import Arrays
+from models.arrays import Arrays, epoch_shape
 from models.calibrate import sigmoid
-from models.data import Loader, Resident, epoch_shape, resident
+from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
 from models.export import export_onnx
 from models.job import Epoch, Job, Result
 from models.module import TabularModule
 from models.net import TabularNet, build_net
+from pipelines.manifest import write_atomic
 
 KEPT = 2  # checkpoints
 ASK_EVERY = 20  # steps between two looks at rank 0's watch, where there are several ranks
@@ -50,7 +51,7 @@ def main(folder: Path) -> None:
         log_every_n_steps=10**6,
     )  # fmt: skip
     trainer.fit(
-        module, Loader(rows, shape, job.seed, rank, world), ckpt_path=newest(folder), weights_only=False
+        module, Loader(rows, shape, job.seed, rank, world), ckpt_path=newest(folder), weights_only=True
     )
     if rank == 0:
         _leave(job, folder, keeper, net, arrays)
@@ -88,6 +89,7 @@ class Keeper(pl.Callback):
         self.pruned = False
         self.losses: list[float] = []
         self.saved = self.beat = time.monotonic()
+        self.fresh_epoch = False
         self.heart = folder / f"heartbeat-{rank}"
         self.heart.touch()
 
@@ -103,15 +105,17 @@ class Keeper(pl.Callback):
         self.losses.append(float(outputs["loss"]))
         now = time.monotonic()
         if now - self.beat > 0.5:
-            self.heart.touch()
+            self.heart.write_text(f"{trainer.global_step} {trainer.estimated_stepping_batches}")
             self.beat = now
         if self._due(trainer, now):
             self._save(trainer)
-            self.saved = time.monotonic()
+            self.saved, self.fresh_epoch = time.monotonic(), False
 
     def _due(self, trainer: pl.Trainer, now: float) -> bool:
-        due = now - self.saved >= self.job.train.checkpoint_every / 1e6
-        if self.world == 1:
+        if trainer.is_last_batch:  # a run resumed from here would not judge the epoch again: Lightning counts it done
+            return False
+        due = self.fresh_epoch or now - self.saved >= self.job.train.checkpoint_every / 1e6
+        if self.world == 1 or self.fresh_epoch:
             return due
         return trainer.global_step % ASK_EVERY == 0 and bool(trainer.strategy.broadcast(due))
 
@@ -138,12 +142,12 @@ class Keeper(pl.Callback):
             self.best_epoch = epoch.epoch
             self.best = {k: v.detach().cpu().clone() for k, v in module.net.state_dict().items()}
         if self.rank == 0:
-            with (self.folder / "progress.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(epoch)) + "\n")
+            lines = [json.dumps(asdict(e)) + "\n" for e in self.curve]
+            write_atomic(self.folder / "progress.jsonl", "".join(lines))
         self.pruned = epoch.epoch < self.job.max_epochs and self._above(epoch)
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
-        self.saved = 0.0  # the first step of the next epoch writes a checkpoint
+        self.fresh_epoch = True  # the first step of the next epoch writes a checkpoint
 
     def _above(self, epoch: Epoch) -> bool:
         limits = self.job.prune_above
@@ -151,6 +155,7 @@ class Keeper(pl.Callback):
         return epoch.log_loss is None or (limit is not None and epoch.log_loss > limit)
 
     def _judge(self, net: TabularNet) -> Epoch:
+        self.heart.touch()
         logit = logits(net, self.valid)
         label = self.valid.label.numpy().astype(np.float64)
         loss, self.losses = float(np.mean(self.losses)), []

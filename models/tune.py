@@ -21,7 +21,7 @@ from features.trainset import TrainingSet, load_training_set
 from models.arrays import write_arrays
 from models.elastic import finish, submit
 from models.gbdt import fit_gbdt
-from models.job import Job
+from models.job import Job, Progress
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Range, Spec, Train
 
@@ -40,12 +40,14 @@ class Trial:
     pruned: bool
 
 
-def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path) -> Note:
+def tune_into(
+    spec: Spec, data_folder: Path, study: Path, out: Path, *, progress: Progress | None = None
+) -> Note:
     """The stage: searches the network's space and LightGBM's; writes `best.json`, `trials.json` and a page."""
     data = load_training_set(data_folder)
-    found = {"network": tune_network(spec, data, study / "network")} if spec.tune.space else {}
+    found = {"network": tune_network(spec, data, study / "network", progress)} if spec.tune.space else {}
     if spec.tune.gbdt_space:
-        found["gbdt_tuned"] = tune_gbdt(spec, data, study / "gbdt_tuned")
+        found["gbdt_tuned"] = tune_gbdt(spec, data, study / "gbdt_tuned", progress)
     bests = {kind: best(trials) for kind, trials in found.items()}
     write_json(out / "best.json", {k: {"slot": b.slot, "params": b.params} for k, b in bests.items()})
     write_json(out / "trials.json", {"trials": [
@@ -72,7 +74,7 @@ def best(trials: list[Trial]) -> Trial:
     return min(usable, key=lambda t: (t.log_loss if t.log_loss is not None else float("inf"), t.slot))
 
 
-def tune_network(spec: Spec, data: TrainingSet, study: Path) -> list[Trial]:
+def tune_network(spec: Spec, data: TrainingSet, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
     arrays = write_arrays(data, study.parent / "arrays")
 

@@ -392,6 +392,14 @@ class Serve(Model):
     log_flush: Duration = Field(1_000_000, description="age at which predictions are written", validate_default=True)
 
 
+class Monitor(Model):
+    """When what the endpoint answers gives an alarm, by which retraining starts."""
+
+    min_rows: int = Field(200, ge=1, description="fewest answers that are judged")
+    max_log_loss_rise: float = Field(0.05, gt=0, description="largest rise of the log loss over the test part's")
+    max_psi: float = Field(0.25, gt=0, description="largest population stability index of the score")
+
+
 class Spec(Model):
     """A pipeline, whole."""
 
@@ -415,6 +423,7 @@ class Spec(Model):
     tune: Tune = Tune()
     gate: Gate = Gate()
     serve: Serve = Serve()
+    monitor: Monitor = Monitor()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,6 @@
 """Stage 6: the network on N ranks, LightGBM on the same rows, calibration and choice on valid_select."""
 
 from models.candidate import train_candidates
-
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
 from tasks.policy import opened, stage, stage_key

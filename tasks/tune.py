@@ -1,7 +1,6 @@
 """Stage 5: generations of pruned, resumable trials on valid_fit."""
 
 from models.tune import tune_into
-
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
 from tasks.policy import opened, stage, stage_key

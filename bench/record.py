@@ -1,0 +1,55 @@
+"""How every benchmark reports: a table for a person, and JSON with hardware, versions and commit."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.clock import iso, wall_us
+from pipelines.manifest import ROOT, library_versions
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark is told: less work, and where the JSON goes."""
+
+    quick: bool
+    json: Path
+
+
+def options(name: str) -> Options:
+    """Options from the command line; by default the JSON goes to `bench/results/NAME.json`."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
+    parser.add_argument("--quick", action="store_true", help="less work: a smoke test")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / f"{name}.json", metavar="FILE")
+    given = parser.parse_args()
+    return Options(given.quick, given.json)
+
+
+def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+    """Prints the figures and writes the JSON."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    body = {
+        "name": name, "commit": commit.stdout.strip(), "when": iso(wall_us()),
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
+        "versions": {"python": platform.python_version(), **library_versions("numpy", "torch", "prefect", "bentoml")},
+        "rows": rows, "figures": figures,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(body, indent=1) + "\n")
+    for key, value in figures.items():
+        print(f"{key:<24} {value}")
+    print(f"written to {out}")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,128 @@
+"""A run killed with -9 in any stage, before or after the pointer moved, ends with the digest of an undisturbed one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.home import Home
+from pipelines.manifest import ROOT
+from pipelines.sample import land
+from pipelines.spec import load_spec
+
+# the demo pipeline cut to 20 days of training rows
+CUT = (
+    "split.train=20d", "split.valid_fit=4d", "split.valid_select=4d", "split.test=6d", "tune.rows=3000", "tune.size=2",
+    "tune.workers=2", "train.max_epochs=2", "gbdt.max_rounds=40", "gate.resamples=50", "gate.min_rows=500",
+)  # fmt: skip
+STAGES = (
+    "contract", "features", "training_set", "tune", "train", "evaluate", "package", "preflight", "release", "record",
+)  # fmt: skip
+
+
+def _command(*extra: str) -> list[str]:
+    sets = [word for item in (*CUT, *extra) for word in ("--set", item)]
+    return [sys.executable, "-m", "flows.cli", "run", "flights_demo", "--json", *sets]
+
+
+def _env(home: Path) -> dict[str, str]:
+    return {**os.environ, "MILLRACE_HOME": str(home), "TZ": "UTC"}
+
+
+def _run(home: Path) -> dict[str, object]:
+    done = subprocess.run(_command(), env=_env(home), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode in (0, 3), done.stderr[-2000:]
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def _kill_tree(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the run and of everything that it started, the Prefect server included."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def _stages_done(home: Path) -> list[str]:
+    lines = [line for path in home.glob("runs/flights_demo/*/stages.jsonl") for line in path.read_text().splitlines()]
+    return [json.loads(line)["stage"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def landed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("landed")
+    land(load_spec("flights_demo"), Home(home))
+    return home
+
+
+@pytest.fixture(scope="module")
+def undisturbed(landed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    home = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(landed / "landing", home / "landing")
+    return _run(home)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_the_same_digest_after_a_kill_in_every_stage(
+    landed: Path, undisturbed: dict[str, object], tmp_path: Path
+) -> None:
+    """One home, one run: it is killed once in each stage, a little into it, and started again."""
+    shutil.copytree(landed / "landing", tmp_path / "landing")
+    killed = []
+    for before, stage in zip(("ingest", *STAGES), STAGES, strict=False):
+        process = subprocess.Popen(
+            _command(), env=_env(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 300
+        seen = _stages_done(tmp_path).count(before)
+        while time.monotonic() < deadline and process.poll() is None:
+            cached = before in ("contract", "training_set", "tune", "train", "evaluate", "package", "preflight")
+            if _stages_done(tmp_path).count(before) > (0 if cached else seen):
+                time.sleep(0.7 if stage in ("tune", "train", "preflight", "features") else 0.05)
+                break
+            time.sleep(0.02)
+        if process.poll() is None:
+            _kill_tree(process)
+            killed.append(stage)
+    result = _run(tmp_path)
+    assert len(killed) >= len(STAGES) - 2, killed
+    assert result["result_digest"] == undisturbed["result_digest"]
+    assert result["release"] == undisturbed["release"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_between_pointer_and_manifest(landed: Path, undisturbed: dict[str, object], tmp_path: Path) -> None:
+    """The pointer has moved, the manifest is not written: the run finds its own release in place and ends well."""
+    shutil.copytree(landed / "landing", tmp_path / "landing")
+    process = subprocess.Popen(
+        _command(), env=_env(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    pointer = tmp_path / "releases" / "flights_demo" / "champion.json"
+    while not pointer.exists() and process.poll() is None:
+        time.sleep(0.005)
+    _kill_tree(process)
+    assert not list(tmp_path.glob("runs/flights_demo/*/manifest.json"))
+    result = _run(tmp_path)
+    assert result["result_digest"] == undisturbed["result_digest"]
+    assert result["outcome"] == "promoted"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_same_digest_from_another_empty_home(
+    landed: Path, undisturbed: dict[str, object], tmp_path: Path
+) -> None:
+    shutil.copytree(landed / "landing", tmp_path / "landing")
+    assert _run(tmp_path)["result_digest"] == undisturbed["result_digest"]
