@@ -58,7 +58,7 @@ _DASHES: dict[str, Any] = {
     CHALLENGER: "-", CHAMPION: "-", "gbdt": (0, (5, 1.5)), "gbdt_tuned": (0, (7, 2, 1.5, 2)), "network": (0, (2.5, 1.2)),
     PRIOR: (0, (1, 1.5)),
 }  # fmt: skip
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "figure.dpi": 72, "font.family": "DejaVu Sans", "font.size": 11,
     "text.color": _INK, "axes.edgecolor": _LINE, "axes.labelcolor": _SOFT, "axes.linewidth": 1, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": _LINE, "grid.linewidth": 0.7,
@@ -167,13 +167,12 @@ def _trials(at: Mapping[str, Path]) -> tuple[Trial, ...]:
         study, value = str(item.get("study", "network")), item.get("value")
         trial = Trial(study, int(item["slot"]), int(item["generation"]), str(item["state"]), value, item["params"], False)
         found.append(trial)
-    best = {}
+    best: dict[str, tuple[float, int]] = {}
     for trial in found:
         if trial.state == "complete" and trial.loss is not None:
             best[trial.study] = min(best.get(trial.study, (trial.loss, trial.slot)), (trial.loss, trial.slot))
     return tuple(
-        Trial(t.study, t.slot, t.generation, t.state, t.loss, t.params, best.get(t.study) == (t.loss, t.slot))
-        for t in found
+        Trial(t.study, t.slot, t.generation, t.state, t.loss, t.params, best.get(t.study) == (t.loss, t.slot)) for t in found
     )
 
 
@@ -208,6 +207,9 @@ def _notes(home: Home, pipeline: str) -> tuple[str, ...]:
 
 def _request(spec: Spec, home: Home, run: Run, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The key of a row that the endpoint can answer, nearest in time; None where no row is open."""
+    flight = manifest["preflight"]
+    if flight and flight.get("example"):
+        return {name: flight["example"][name] for name in spec.row_key if name in flight["example"]}
     pins = digest_of([run.snapshot, first_needed(spec, run.as_of_us)])
     folder = home.features(run.pipeline, manifest["defs_digest"], pins)
     if not (folder / "online_rows.parquet").is_file():
@@ -221,10 +223,11 @@ def _request(spec: Spec, home: Home, run: Run, manifest: Mapping[str, Any]) -> M
 
 
 def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
-    """A figure as a person reads it, with a true minus; a dash where it is undefined."""
+    """A figure as a person reads it, with a true minus, none before a zero; a dash where it is undefined."""
     if value is None:
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def span(found: Interval, *, sign: bool = False) -> str:
@@ -244,6 +247,12 @@ def moment(us: int) -> str:
 def capital(text: str) -> str:
     """The text with its first letter raised."""
     return text[:1].upper() + text[1:]
+
+
+def metric_words(metric: str) -> str:
+    """A metric within a sentence: `log loss`, but `AUC`."""
+    title = METRIC_TITLES[metric]
+    return title if "AUC" in title else title.lower()
 
 
 def model_title(name: str, chosen: str) -> str:
@@ -318,8 +327,10 @@ def render(spec: Spec, run: Run, manifest: Mapping[str, Any], found: Material) -
         curl=_curl(spec, found.request) if found.request and manifest["release"] else "", asked=_asked(spec),
         models=ordered(evaluation), title=lambda name: model_title(name, chosen), bar=bar_title(evaluation),
         metrics=METRICS, metric_titles=METRIC_TITLES, best=_best(evaluation), higher=HIGHER_IS_BETTER, challenger=CHALLENGER,
-        tables=_tables(manifest, found.contract), funnel=funnel(spec, manifest["counts"]), parts=_parts(spec, run, manifest, found),
-        slices=ranked(evaluation.slices, spec.gate.slice_min_rows), weakest=WEAKEST, paint=_variable,
+        gain_in=metric_words(evaluation.metric),
+        tables=_tables(manifest, found.contract), funnel=funnel(spec, manifest["counts"]),
+        parts=_parts(spec, run, manifest, found),
+        slices=ranked(evaluation.slices, spec.gate.slice_min_rows), paint=_variable,
         candidates=sorted(found.candidates, key=lambda c: c["log_loss"]), groups=_groups(found),
         parameters=_parameters(found.trials), duration=duration_text, provenance=_provenance(run, manifest),
         manifest_text=json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, default=str),
@@ -452,7 +463,7 @@ def _tiles(evaluation: Evaluation, chosen: str) -> list[dict[str, Any]]:
             against = {"gbdt": "LightGBM", PRIOR: "the base rate"}.get(other, "the champion")
             tone = "ok" if (gain.low or 0) > 0 else "bad" if gain.high is not None and gain.high < 0 else "odd"
             tiles.append({
-                "label": f"Gain on {against}", "note": f"in {METRIC_TITLES[metric].lower()}; above 0 is better",
+                "label": f"Gain on {against}", "note": f"in {metric_words(metric)}; above 0 is better",
                 "value": number(gain.value, sign=True), "span": span(gain, sign=True), "tone": tone,
                 "chart": _strip(f"gain-{other}", [("", gain, _PAINT[tone])], zero=True),
             })  # fmt: skip
@@ -513,7 +524,8 @@ def _svg(axes: Axes, name: str, title: str) -> Markup:
     text = re.sub(r">\s+<", "><", text)
     label = Markup.escape(title)
     width = round(figure.get_size_inches()[0] * 72)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width:{width}px"', 1))
+    size = f"min-width:{round(0.8 * width)}px;max-width:{width}px"  # a small screen scrolls, so that words stay legible
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1))
 
 
 _SWAPS = {paint: f"var(--{name})" for name, paint in _PAINT.items()}
@@ -561,10 +573,10 @@ def _interval(axes: Axes, found: Interval, place: float, paint: str, *, size: fl
 
 
 def _square(title: str, x: str, y: str) -> Axes:
-    axes = _axes(340, 322, left=40, right=12, top=30, bottom=44)
-    axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", x=-0.11, pad=14)
+    axes = _axes(340, 336, left=34, right=12, top=46, bottom=42)
+    axes.text(-0.115, 1.105, title, transform=axes.transAxes, fontsize=13.5, fontweight="bold")
     axes.set_xlabel(x, fontsize=10.5, labelpad=6)
-    axes.text(0.0, 1.015, y, transform=axes.transAxes, fontsize=10.5, color=_SOFT)
+    axes.text(-0.115, 1.03, y, transform=axes.transAxes, fontsize=10.5, color=_SOFT)
     axes.grid(visible=True)
     axes.tick_params(labelsize=10)
     return axes
@@ -608,7 +620,7 @@ def _calibration(evaluation: Evaluation) -> Markup:
     ends = [1e-3]
     for name, style in _lines(evaluation):
         points = evaluation.curves[name]["calibration"]
-        size = 5 if name == CHALLENGER else 3.5
+        size = {CHALLENGER: 5.0, PRIOR: 7.0}.get(name, 3.5)
         axes.plot(points["mean"], points["share"], marker="o", ms=size, mec=_CARD, mew=0.7, **style)
         ends += [*points["mean"], *points["share"]]
     top = min(1.01, 1.06 * max(ends))
@@ -654,14 +666,12 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], paint: str
 
 
 def _importance(weights: Sequence[Weight]) -> Markup:
-    axes = _axes(620, 12 + 21 * len(weights), left=258, right=150, top=2, bottom=6)
-    _bars(axes, [_plain(w.name, 38) for w in weights], [w.share for w in weights], _ACCENT)
+    axes = _axes(620, 12 + 21 * len(weights), left=286, right=52, top=2, bottom=6)
+    _bars(axes, [_plain(w.name, 44) for w in weights], [w.share for w in weights], _ACCENT)
     axes.set_xlim(0, max(w.share for w in weights) or 1)
     for place, one in enumerate(weights):
         axes.annotate(f"{one.share:.1%}", (one.share, place), (5, 0), textcoords="offset points", va="center_baseline",
                       fontsize=10.5)  # fmt: skip
-        axes.text(1.7, place, _plain(one.group, 24), transform=axes.get_yaxis_transform(), va="center_baseline",
-                  ha="right", color=_SOFT, fontsize=10)  # fmt: skip
     return _svg(axes, "importance", "The strongest features by gain")
 
 
@@ -678,26 +688,27 @@ def _group_bars(found: Material) -> Markup:
 
 def _trial_points(study: str, trials: Sequence[Trial]) -> Markup:
     """Every trial's log loss in the order of slots, generations shaded, pruned ones hollow, the best ringed."""
-    axes = _axes(520, 264, left=52, right=14, top=34, bottom=40)
+    axes = _axes(520, 256, left=46, right=14, top=26, bottom=40)
     axes.grid(visible=True, axis="y")
-    axes.text(0, 1.06, "log loss on valid_fit", transform=axes.transAxes, color=_SOFT, fontsize=10.5)
+    axes.text(-0.07, 1.05, "log loss on valid_fit", transform=axes.transAxes, color=_SOFT, fontsize=10.5)
     axes.set_xlabel("trial", fontsize=10.5, labelpad=5)
     generations = sorted({t.generation for t in trials})
-    known = [(i, t) for i, t in enumerate(trials) if t.loss is not None]
+    known = [(i, t, t.loss) for i, t in enumerate(trials) if t.loss is not None]
     for number_, generation in enumerate(generations):
         places = [i for i, t in enumerate(trials) if t.generation == generation]
         if number_ % 2 == 0:
             axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color=_FILL, lw=0)
-    done = [(i, t.loss) for i, t in known if t.state == "complete" and t.loss is not None]
+    paint = _PAINT.get(f"m-{study.replace('_', '-')}", _ACCENT)
+    done = [(i, loss) for i, t, loss in known if t.state == "complete"]
     lowest: list[float] = []
     for _, loss in done:
         lowest.append(min(loss, lowest[-1]) if lowest else loss)
     axes.step([i for i, _ in done], lowest, where="post", color=_SOFT, lw=1.2)
-    for place, trial in known:
+    for place, trial, loss in known:
         full = trial.state == "complete"
-        axes.plot([place], [trial.loss], "o", ms=8, mfc=_ACCENT if full else _CARD, mec=_CARD if full else _SOFT, mew=1.4)
+        axes.plot([place], [loss], "o", ms=8, mfc=paint if full else _CARD, mec=_CARD if full else _SOFT, mew=1.4)
         if trial.best:
-            axes.plot([place], [trial.loss], "o", ms=14, mfc="none", mec=_ACCENT, mew=1.8)
+            axes.plot([place], [loss], "o", ms=14, mfc="none", mec=paint, mew=1.8)
     axes.set(xlim=(-0.6, len(trials) - 0.4), xticks=range(0, len(trials), max(1, len(trials) // 12)))
     axes.set_xticklabels([str(trials[int(i)].slot) for i in axes.get_xticks()])
     axes.margins(y=0.14)
@@ -706,14 +717,14 @@ def _trial_points(study: str, trials: Sequence[Trial]) -> Markup:
 
 
 def _learning_curve(one: Learning) -> Markup:
-    axes = _axes(520, 230, left=52, right=14, top=34, bottom=40)
+    axes = _axes(520, 224, left=46, right=14, top=26, bottom=40)
     steps = range(1, len(one.losses) + 1)
     paint = _PAINT.get(f"m-{one.model.replace('_', '-')}", _ACCENT)
     few = len(one.losses) <= 40
     axes.plot(steps, one.losses, color=paint, lw=2, marker="o" if few else None, ms=6, mec=_CARD, mew=1)
     axes.plot([one.kept], [one.losses[one.kept - 1]], "o", ms=13 if few else 9, mfc="none", mec=paint, mew=1.8)
     axes.grid(visible=True, axis="y")
-    axes.text(0, 1.08, "log loss on valid_fit", transform=axes.transAxes, color=_SOFT, fontsize=10.5)
+    axes.text(-0.07, 1.06, "log loss on valid_fit", transform=axes.transAxes, color=_SOFT, fontsize=10.5)
     axes.set_xlabel(one.steps, fontsize=10.5, labelpad=5)
     axes.margins(y=0.14)
     axes.locator_params(axis="y", nbins=5)
@@ -847,7 +858,7 @@ def _card_metrics(manifest: Mapping[str, Any], found: Material) -> list[str]:
          *(f"{number(evaluation.metrics[name][m].value)} ({span(evaluation.metrics[name][m])})" for m in METRICS))
         for name in ordered(evaluation)
     ]  # fmt: skip
-    metric = METRIC_TITLES[evaluation.metric].lower()
+    metric = metric_words(evaluation.metric)
     gains = [
         f"- against {_md(model_title(name, ''))}: {number(gain[evaluation.metric].value, sign=True)} "
         f"({span(gain[evaluation.metric], sign=True)})"
@@ -861,7 +872,7 @@ def _card_slices(spec: Spec, found: Material) -> list[str]:
     judged = [s for s in ranked(evaluation.slices, spec.gate.slice_min_rows) if s.rows >= spec.gate.slice_min_rows]
     if not judged:
         return ["No slice is large enough to judge, or the spec names none (`gate.slices`)."]
-    metric, ours = METRIC_TITLES[evaluation.metric].lower(), CHALLENGER
+    metric, ours = metric_words(evaluation.metric), CHALLENGER
     rows = [
         (f"{_md(s.name)} = {_md(s.value)}", f"{s.rows:,}", number(s.metrics[ours]["auc"]), number(s.metrics[ours]["log_loss"]),
          f"{number(s.gain.value, sign=True)} ({span(s.gain, sign=True)})")
@@ -894,8 +905,9 @@ def _card_gate(spec: Spec, manifest: Mapping[str, Any], found: Material) -> list
     gate, verdict = spec.gate, found.verdict
     said = (
         f"The gate compares the challenger with {bar_title(found.evaluation)} on the same rows: the lower end of the "
-        f"{gate.confidence:.0%} interval of the gain in {METRIC_TITLES[gate.metric].lower()} must exceed {gate.min_gain:g}. "
-        f"{verdict.get('seen_before', 0):,} of the {found.evaluation.rows:,} test rows had been read by the gate of an earlier run."
+        f"{gate.confidence:.0%} interval of the gain in {metric_words(gate.metric)} must exceed {gate.min_gain:g}. "
+        f"{verdict.get('seen_before', 0):,} of the {found.evaluation.rows:,} test rows had been read by the gate of an earlier "
+        "run."
     )
     rules = [f"- {'passed' if why['passed'] else '**refused**'}: {_md(why['text'])}" for why in _whys(manifest, found)]
     return [said, "\n".join(rules)]
@@ -908,5 +920,6 @@ def _card_again(spec: Spec, manifest: Mapping[str, Any]) -> list[str]:
     commands.append(f"millrace run {spec.pipeline}{as_of}")
     return [
         "```sh\n" + "\n".join(commands) + "\n```",
-        f"On the same data, from an empty home and on the same kind of machine, the run ends with result digest `{manifest['result_digest']}`.",
+        "On the same data, from an empty home and on the same kind of machine, the run ends with result digest "
+        f"`{manifest['result_digest']}`.",
     ]

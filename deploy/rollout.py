@@ -15,7 +15,7 @@ from features.store import FeatureSet, build_features, defs_digest
 from pipelines.clock import Anchor, iso, wall_us
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
-from pipelines.manifest import FORMAT_VERSION, Artifact, lock, read_json, write_json
+from pipelines.manifest import FORMAT_VERSION, Artifact, lock, read_json, write_json, write_page
 from pipelines.run import Run
 from pipelines.spec import Spec
 
@@ -164,6 +164,7 @@ class Released:
     reasons: tuple[str, ...]
     fed: tuple[str, ...]
     line: str
+    page: str = ""  # home-relative
 
 
 def release_run(
@@ -189,4 +190,8 @@ def release_run(
     shown = name or "no champion"
     line = {"promoted": f"{shown} is champion", "refused": f"refused; {shown} stays",
             "unchanged": f"equal to the champion {shown}"}[outcome]  # fmt: skip
-    return Released(outcome, name, reasons, fed, line + (f"; {len(fed)} store(s) fed" if fed else ""))
+    line += f"; {len(fed)} store(s) fed" if fed else ""
+    page = home.releases(run.pipeline) / "page.md"
+    listed = [("release", "as of", "run")] + [(r.release, iso(r.as_of_us), r.run_id) for r in released(home, run.pipeline)]
+    write_page(page, f"{run.pipeline}: {line}", [("Why", [(r, "") for r in reasons]), ("Releases", listed)])
+    return Released(outcome, name, reasons, fed, line, home.relative(page))

@@ -185,7 +185,8 @@ class Endpoint:
         logged = []
         for i, (answer, extra) in enumerate(entries):
             values = {
-                "request_id": request_id, "row": i, "clock": now if self.spec.timed else wall, "wall": wall, "release": self.release,
+                "request_id": request_id, "row": i, "clock": now if self.spec.timed else wall, "wall": wall,
+                "release": self.release,
                 "route": route, "key": as_json(answer["key"]), "request": "{}", "event_times": "{}",
                 "unknown_entity": answer.get("unknown_entity", False),
                 "outside_horizon": answer.get("outside_horizon", False), "missing": len(answer["missing"]),

@@ -5,7 +5,9 @@ of a Parquet file works too: known at the later of event and created time, its t
 created. Rows keep their order and number; a null key matches nothing.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -89,12 +91,13 @@ class AsofOfflineStore(OfflineStore):
         def run() -> pa.Table:
             rows = pa.Table.from_pandas(entity_df, preserve_index=False)
             t = int_times(rows[DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL])
-            for view, features in wanted.items():
-                found = _join(config, view, features, rows, t)
-                for feature, column in zip(features, found, strict=True):
-                    name = f"{view.projection.name_to_use()}__{feature}" if full_feature_names else feature
-                    rows = rows.append_column(name, column)
-            return rows
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                joined = pool.map(lambda item: _join(config, *item, rows, t), wanted.items())
+            columns = dict(zip(rows.column_names, rows.columns, strict=True))
+            for (view, features), found in zip(wanted.items(), joined, strict=True):
+                prefix = f"{view.projection.name_to_use()}__" if full_feature_names else ""
+                columns |= {prefix + feature: column for feature, column in zip(features, found, strict=True)}
+            return pa.table(columns)
 
         return AsofRetrievalJob(run, full_feature_names, on_demand)
 
@@ -163,10 +166,11 @@ def _join(
     assert source is not None
     key = [c for c in view.join_keys if c != DUMMY]
     renamed = view.projection.join_key_map
-    asked = text_keys([rows[renamed.get(c, c)] for c in key], rows.num_rows)
     mapping = source.field_mapping or {}
     back = {new: old for old, new in mapping.items()}
     path, kind = _path(config, source), view.tags.get("millrace.kind")
+    stored = pq.read_schema(path)  # pandas makes floats of integers that may be missing
+    asked = text_keys([rows[renamed.get(c, c)].cast(stored.field(back.get(c, c)).type) for c in key], rows.num_rows)
     if kind == "sequence":
         table = pq.read_table(path, read_dictionary=[KEY])
         own = int_times(rows[view.tags["millrace.order"]])

@@ -204,9 +204,8 @@ def _time_rules(name: str, source: Source) -> Iterator[Rule]:
     if source.known_at.arrival:
         yield _null_rule(name, KNOWN, KNOWN, 0.0)
     if source.kind == "observation":
-        words = (
-            f"nothing may be known before it happens: {source.event_time} must not be after {_LABELS.get(known, known)}"
-        )
+        late = f"{source.event_time} must not be after {_LABELS.get(known, known)}"
+        words = f"nothing may be known before it happens: {late}"
         yield _pair_rule(name, "known_at", source, source.event_time, known, words, wrong="known too early")
 
 

@@ -4,7 +4,7 @@ Numbers are float64 with NaN for missing, categories are objects with None; time
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -19,7 +19,7 @@ from pipelines.clock import MISSING
 from pipelines.errors import UsageError
 from pipelines.spec import Calendar, Spec
 
-HOUR, DAY = 3_600_000_000, 86_400_000_000
+QUARTER, HOUR, DAY = 900_000_000, 3_600_000_000, 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def as_array(column: pa.Array | pa.ChunkedArray, declared: str) -> np.ndarray:
 def is_missing(values: np.ndarray) -> np.ndarray:
     """Where a column of the frame is missing (bool, N)."""
     if values.dtype == object:
-        return np.array([v is None for v in values], bool)
+        return np.asarray(values == None, bool)  # noqa: E711 — element by element
     return values == MISSING if values.dtype.kind == "i" else np.isnan(values)
 
 
@@ -76,15 +76,17 @@ def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]],
     if spec.features.calendar:
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
     for name, view in spec.features.views.items():
-        null_key = np.zeros(len(t), bool)
-        for column in view.shape.key:
-            null_key |= is_missing(own[column])
-        frame |= derive(spec, name, raw[name], t, own, null_key)
+        frame |= derive(spec, name, raw[name], t, own, null_keys(own, view.shape.key, len(t)))
     for function in spec.features.functions:
         inputs = {name: frame[name] if name in frame else own[name] for name in function.inputs}
         outputs = resolve(function.call)(inputs)
         frame |= {name: np.asarray(outputs[name], np.float64) for name in function.outputs}
     return {feature.name: frame[feature.name] for feature in feature_list(spec)}
+
+
+def null_keys(own: Columns, key: Sequence[str], rows: int) -> np.ndarray:
+    """Where part of a key is missing (bool, N): such a key equals none, not even another missing one."""
+    return np.logical_or.reduce([np.zeros(rows, bool), *(is_missing(own[column]) for column in key)])
 
 
 @cache
@@ -118,13 +120,13 @@ def local_parts(calendar: Calendar, t: np.ndarray) -> Columns:
 
 
 def _offsets(timezone: str, t: np.ndarray) -> np.ndarray:
-    hours, inverse = np.unique(t // HOUR, return_inverse=True)
-    return np.array([_offset(timezone, int(hour)) for hour in hours], np.int64)[inverse]
+    quarters, inverse = np.unique(t // QUARTER, return_inverse=True)  # clocks change on a quarter of an hour
+    return np.array([_offset(timezone, int(quarter)) for quarter in quarters], np.int64)[inverse]
 
 
 @cache
-def _offset(timezone: str, hour: int) -> int:
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(hours=hour)
+def _offset(timezone: str, quarter: int) -> int:
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(minutes=15 * quarter)
     offset = moment.astimezone(ZoneInfo(timezone)).utcoffset()
     assert offset is not None
     return offset // timedelta(microseconds=1)

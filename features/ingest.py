@@ -18,7 +18,7 @@ from features.keys import SEPARATOR, text_keys
 from pipelines.clock import iso, parse_time, wall_us
 from pipelines.errors import Refused, nearest
 from pipelines.home import Home
-from pipelines.manifest import digest_of, read_json, write_json
+from pipelines.manifest import digest_of, read_json, write_json, write_page
 from pipelines.spec import Source, Spec
 
 KNOWN = "_known_at"  # column that every table read from a snapshot carries
@@ -83,6 +83,17 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     snapshot = _publish(spec, home, index, new)
     write_json(index_path, {"files": index})
     return snapshot
+
+
+def write_arrivals(snapshot: Snapshot, previous: Snapshot | None, path: Path) -> None:
+    """A page of what arrived: rows per table, against the snapshot before."""
+    rows = [("table", "rows", "more than before", "identical rows dropped")]
+    for name, count in snapshot.rows.items():
+        more = f"{count - previous.rows.get(name, 0):+,}" if previous else "–"
+        rows.append((name, f"{count:,}", more, f"{snapshot.duplicates.get(name, 0):,}"))
+    write_page(path, f"{snapshot.pipeline}: snapshot {snapshot.digest[:12]}", [
+        (f"Known up to {iso(snapshot.watermark_us)}, {snapshot.new_files} new files", rows),
+    ])  # fmt: skip
 
 
 def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ from features.keys import key_runs, request_key, text_key
 from features.windows import KEY, TIME, Columns, Stored, as_of, int_times, previous, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
+from pipelines.manifest import digest_of
 from pipelines.spec import Sequence as Chain
 from pipelines.spec import Spec
 
-FORMAT = 1
 ROWS = "rows"  # the view that holds the rows source itself
 RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 
@@ -53,6 +53,11 @@ def layouts(spec: Spec) -> dict[str, Layout]:
     numbers = tuple(c for c in columns if c not in times and c not in words)
     found[ROWS] = Layout(ROWS, ("_live_from", "_live_to", "_closed_at", *times), numbers, words)
     return found
+
+
+def layout_digest(spec: Spec) -> str:
+    """Names how the cells of a spec are packed: what is packed otherwise cannot be read."""
+    return digest_of([asdict(layout) for layout in layouts(spec).values()])[:16]
 
 
 def _layout(stored: Stored) -> Layout:
@@ -112,10 +117,9 @@ def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str)
         db.execute("BEGIN IMMEDIATE")
         try:
             held = dict(db.execute("SELECT name, value FROM meta").fetchall())
-            if held and (int(held["data_us"]), held["snapshot"] == snapshot) >= (anchor.data_us, True):
-                db.execute("ROLLBACK")
-                return False
-            if held and int(held["data_us"]) > anchor.data_us:
+            layout_now = layout_digest(spec)
+            same = held and (held["snapshot"], held["format"]) == (snapshot, layout_now)
+            if held and (int(held["data_us"]), same) >= (anchor.data_us, True):
                 db.execute("ROLLBACK")
                 return False
             db.execute("DELETE FROM cells")
@@ -123,7 +127,7 @@ def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str)
                 keys, start, table = _kept(spec, features, layout, anchor.data_us)
                 cells = zip(keys, pack(layout, table, start), strict=True)
                 db.executemany("INSERT INTO cells VALUES (?, ?, ?)", ((layout.view, k, b) for k, b in cells))
-            meta = {"format": FORMAT, "data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot}
+            meta = {"format": layout_now, "data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot}
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in meta.items()])
             db.execute("COMMIT")
         except BaseException:
@@ -185,8 +189,16 @@ class OnlineStore:
             raise MillraceError(f"the served store {path} is not there: run `millrace run {spec.pipeline}` to feed it")
         self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
         self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
-        if self.meta()["format"] != str(FORMAT):
-            raise MillraceError(f"the served store {path} has another format: run `millrace run {spec.pipeline}`")
+        self.format = layout_digest(spec)
+        self.check_format()
+
+    def check_format(self) -> None:
+        """Raises MillraceError when another version of the code has fed the store."""
+        if self.meta()["format"] != self.format:
+            raise MillraceError(
+                "the served store was fed by another version of Millrace, which packs it otherwise: "
+                f"run `millrace run {self.spec.pipeline}` and serve its release"
+            )
 
     def meta(self) -> dict[str, str]:
         """What the last feed wrote about itself."""
@@ -211,9 +223,10 @@ class OnlineStore:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
         self.db.execute("BEGIN")  # one snapshot of the store for all reads of a request
         try:
+            self.check_format()
             own, unknown, closed = self._rows(requests, now)
             t = np.full(len(requests), now)
-            raw, events = self._views(own, t)
+            raw, events = self.views_at(own, t)
         finally:
             self.db.execute("ROLLBACK")
         aging = frozenset(n for n, v in self.spec.features.views.items() if v.latest is not None and v.latest.ttl)
@@ -230,7 +243,8 @@ class OnlineStore:
         closed = np.where(there, columns["_closed_at"][safe], NEVER) if there.any() else np.full(len(requests), NEVER)
         return own, ~there, closed
 
-    def _views(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
+    def views_at(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
+        """What `frame.assemble` takes for rows at their times, and the event times of the latest views."""
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
         events, keys = {}, {}
         for stored in self.stored:

@@ -122,7 +122,7 @@ def fit(
     for name in categories:
         words, counts = np.unique([v for v in frame[name][train] if v is not None], return_counts=True)
         vocabulary.append(tuple(str(w) for w, n in zip(words, counts, strict=True) if n >= rare))
-    low, high, mean, std = (tuple(values) for values in learned.values())
+    scales = {name: tuple(values) for name, values in learned.items()}
     return Preprocess(
-        tuple(numbers), tuple(categories), low, high, mean, std, tuple(may_miss), tuple(vocabulary)
+        numbers=tuple(numbers), categories=tuple(categories), may_miss=tuple(may_miss), vocabulary=tuple(vocabulary), **scales
     )

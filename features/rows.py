@@ -33,7 +33,14 @@ class Rows:
 
 
 def prediction_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> Rows:
-    """The rows of SEMANTICS 3 and 5. Raises Refused when a part is empty or holds one class only."""
+    """The rows that a model is made from. Raises Refused when a part is empty or holds one class only."""
+    rows = find_rows(spec, tables, as_of)
+    _refuse_thin_parts(rows)
+    return rows
+
+
+def find_rows(spec: Spec, tables: Mapping[str, pa.Table], as_of: int) -> Rows:
+    """The rows of SEMANTICS 3 and 5, as far as known at `as_of`."""
     source = spec.row_source
     v = versions(tables[spec.rows.source], source)
     names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
@@ -77,10 +84,10 @@ def labels(spec: Spec, tables: Mapping[str, pa.Table], name: pa.Array, as_of: in
     true, there = holds(spec.label, v.table[spec.label.column])
     live = (codes >= 0) & ((v.known_from <= as_of) & (as_of < v.known_to) if spec.timed else True)
     label, known = np.full(len(name), -1, np.int8), np.full(len(name), NEVER)
-    at = np.flatnonzero(live & there)
+    at = np.flatnonzero(live)
     at = at[np.lexsort((v.fact[at], v.known_from[at]))]  # of several facts for a key the newest known stays
-    label[codes[at]] = true[at]
-    known[codes[at]] = v.known_from[at]
+    label[codes[at]] = np.where(there[at], true[at], -1)
+    known[codes[at]] = np.where(there[at], v.known_from[at], NEVER)
     return label, known
 
 
@@ -93,18 +100,21 @@ def _parts(
             part[(t > begin) & (t <= end) & (known <= label_by) & (label >= 0)] = i
     else:
         part = np.where(label >= 0, hash_parts(spec.split, spec.seed, name), -1).astype(np.int8)
+    return part
+
+
+def _refuse_thin_parts(rows: Rows) -> None:
     for i, p in enumerate(PARTS):
-        seen = set(label[part == i].tolist())
+        seen = set(rows.label[rows.part == i].tolist())
         if not seen:
             raise Refused(
                 f"split.{p} has no row with a known label; make it longer, or land more data "
-                f"({len(t)} rows, {int((label >= 0).sum())} with a label)"
+                f"({len(rows.t)} rows, {int((rows.label >= 0).sum())} with a label)"
             )
         if len(seen) == 1 and p != "valid_select":
             raise Refused(
                 f"split.{p}: every label is {bool(seen.pop())}; a model needs both: check label in the spec"
             )
-    return part
 
 
 def split_bounds(spec: Spec, as_of: int) -> list[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.frame import as_array, assemble, own_columns
+from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import key_arrays, text_keys
 from features.online import RECENT
@@ -37,7 +37,7 @@ from features.windows import (
 from pipelines.clock import MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
-from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json
+from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
 from pipelines.spec import Sequence, Spec, TimeSplit
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ class FeatureSet:
     since_us: int
     rows: int
     line: str = ""
+
+    @property
+    def page(self) -> str:
+        """Where the page about the views lies (home-relative)."""
+        return f"{self.path}/page.md"
 
 
 def defs_digest(spec: Spec) -> str:
@@ -98,6 +103,7 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
         "watermark_us": snapshot.watermark_us, "rows": rows,
     }  # fmt: skip
+    _summary(spec, scratch)
     write_json(scratch / "done.json", done)
     scratch.replace(folder)
     return _feature_set(home, folder, done)
@@ -127,6 +133,22 @@ def write_view(table: pa.Table, path: Path) -> None:
         use_dictionary=[name for name in table.column_names if name not in packed],
         column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
     )  # fmt: skip
+
+
+def _summary(spec: Spec, folder: Path) -> None:
+    features = feature_list(spec)
+    groups: dict[str, list[str]] = {}
+    for feature in features:
+        groups.setdefault(feature.group, []).append(feature.name)
+    stored = [("view", "kind", "key", "rows")]
+    stored += [
+        (v.name, v.kind, ", ".join(v.key) or "all", f"{pq.read_metadata(folder / 'views' / f'{v.name}.parquet').num_rows:,}")
+        for v in stored_views(spec)
+    ]
+    write_page(folder / "page.md", f"{spec.pipeline}: {len(features)} features", [
+        ("Features", [(name, str(len(names)) + ": " + ", ".join(names[:6])) for name, names in groups.items()]),
+        ("Stored views", stored),
+    ])  # fmt: skip
 
 
 def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSet:

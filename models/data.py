@@ -60,4 +60,3 @@ def resident(arrays: Arrays, part: str, newest: int | None = None) -> Resident:
     rows = rows if newest is None else rows[-newest:]
     columns = (arrays.scaled, arrays.codes, arrays.label)
     return Resident(*(torch.from_numpy(np.ascontiguousarray(column[rows])) for column in columns))
-

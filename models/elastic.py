@@ -50,9 +50,7 @@ class Zygote:
         threading.Thread(target=self._listen, daemon=True, name="zygote").start()
         atexit.register(self.close)
 
-    def submit(
-        self, folder: Path, *, ranks: int, max_restarts: int, stale_s: float = STALE_S
-    ) -> "Future[dict[str, Any]]":
+    def submit(self, folder: Path, *, ranks: int, max_restarts: int, stale_s: float = STALE_S) -> "Future[dict[str, Any]]":
         """Starts a job; its future holds what the zygote says in the end."""
         future: Future[dict[str, Any]] = Future()
         with self.lock:
@@ -101,9 +99,7 @@ def start_zygote() -> Zygote:
     return _shared[0]
 
 
-def launch(
-    folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None, stale_s: float = STALE_S
-) -> Outcome:
+def launch(folder: Path, *, ranks: int, max_restarts: int, zygote: Zygote | None = None, stale_s: float = STALE_S) -> Outcome:
     """Runs the prepared job in `folder` to its end, restarting dead ranks. A finished job is not run again.
 
     Raises MillraceError with the last words of a rank when the restarts are used up.
@@ -124,9 +120,7 @@ def submit(
     return chosen.submit(folder, ranks=ranks, max_restarts=max_restarts, stale_s=stale_s)
 
 
-def finish(
-    future: "Future[dict[str, Any]]", folder: Path, ranks: int, progress: Progress | None = None
-) -> Outcome:
+def finish(future: "Future[dict[str, Any]]", folder: Path, ranks: int, progress: Progress | None = None) -> Outcome:
     """Waits for a submitted job. Raises MillraceError as `launch` does."""
     while progress is not None and not future.done():
         wait([future], timeout=LOOK_S)
@@ -259,7 +253,7 @@ def serve() -> None:
             if not data:
                 for group in groups:
                     group.kill()
-                return
+                os._exit(0)  # taking torch down in good order would cost seconds
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 told = json.loads(line)

@@ -53,9 +53,7 @@ def _best_blend(other: str, calibrated: Mapping[str, np.ndarray], label: np.ndar
     return simplest_best(tried)
 
 
-def _candidate(
-    name: str, weights: Mapping[str, float], calibrated: Mapping[str, np.ndarray], label: np.ndarray
-) -> Candidate:
+def _candidate(name: str, weights: Mapping[str, float], calibrated: Mapping[str, np.ndarray], label: np.ndarray) -> Candidate:
     probability = sigmoid(blend(weights, calibrated))
     return Candidate(name, dict(weights), log_loss(label, probability), auc(label, probability))
 

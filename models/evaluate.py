@@ -17,7 +17,7 @@ METRICS = ("auc", "log_loss", "brier", "ece", "pr_auc")
 HIGHER_IS_BETTER = frozenset({"auc", "pr_auc"})
 CHALLENGER, CHAMPION, PRIOR = "challenger", "champion", "prior"
 _BINS, _POINTS, _CHUNK = 15, 200, 400_000
-_TINY = 1e-300
+_TINY, _EPS = 1e-300, float(np.finfo(np.float64).eps)
 Curve = dict[str, list[float]]
 _Values = dict[str, np.ndarray]  # metric → value under each row of weights (R)
 
@@ -84,7 +84,7 @@ class _Scored:
         bins = first * _BINS // len(p)
         starts = np.append(0, np.flatnonzero(np.diff(bins)) + 1)
         self.bins = first[starts]  # first row of each bin; ties stay together
-        safe = np.clip(p, 1e-15, 1 - 1e-15)
+        safe = np.clip(p, _EPS, 1 - _EPS)
         self.y, self.gap = y, y - p
         self.loss = -np.where(y > 0, np.log(safe), np.log1p(-safe))
         self.square = self.gap**2
@@ -178,9 +178,7 @@ def evaluate(
         resamples=gate.resamples,
         metrics={name: _intervals(points[name], samples[name], gate) for name in scored},
         gains={
-            name: _intervals(
-                _gains(points[CHALLENGER], points[name]), _gains(samples[CHALLENGER], samples[name]), gate
-            )
+            name: _intervals(_gains(points[CHALLENGER], points[name]), _gains(samples[CHALLENGER], samples[name]), gate)
             for name in others
         },
         slices=tuple(part.quality(gate.confidence) for part in parts),
@@ -222,9 +220,7 @@ def _check(label: np.ndarray, probabilities: Mapping[str, np.ndarray]) -> None:
         raise MillraceError(f"evaluate needs {CHALLENGER}, and {CHAMPION} or {PRIOR}; given: {given}")
     for name, p in probabilities.items():
         if p.shape != label.shape or not len(label):
-            raise MillraceError(
-                f"evaluate: {name} has shape {p.shape}, labels {label.shape}; they must match"
-            )
+            raise MillraceError(f"evaluate: {name} has shape {p.shape}, labels {label.shape}; they must match")
         bad = ~((p >= 0) & (p <= 1))  # NaN compares false
         if bad.any():
             raise MillraceError(

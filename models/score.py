@@ -94,10 +94,7 @@ class Model:
     def load(cls, folder: Path) -> "Model":
         """The model of a folder, its chosen members loaded. Raises MillraceError naming what is missing."""
         body = read_json(folder / "model.json")
-        members = {
-            m["name"]: Member(m["name"], m["kind"], m["file"], Calibration(m["a"], m["b"]))
-            for m in body["members"]
-        }
+        members = {m["name"]: Member(m["name"], m["kind"], m["file"], Calibration(m["a"], m["b"])) for m in body["members"]}
         return cls(folder, body["chosen"], body["candidates"], members, body["prior"])
 
     @property
@@ -135,7 +132,5 @@ class Model:
             try:
                 self._scorers[name] = _KINDS[member.kind](path)
             except Exception as error:
-                raise MillraceError(
-                    f"{path}: not readable as {member.kind} ({error}); train again"
-                ) from error
+                raise MillraceError(f"{path}: not readable as {member.kind} ({error}); train again") from error
         return self._scorers[name]

@@ -50,9 +50,7 @@ def main(folder: Path) -> None:
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
         log_every_n_steps=10**6,
     )  # fmt: skip
-    trainer.fit(
-        module, Loader(rows, shape, job.seed, rank, world), ckpt_path=newest(folder), weights_only=True
-    )
+    trainer.fit(module, Loader(rows, shape, job.seed, rank, world), ckpt_path=newest(folder), weights_only=True)
     if rank == 0:
         _leave(job, folder, keeper, net, arrays)
 

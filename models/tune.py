@@ -7,10 +7,10 @@ were finished. The files of a study are the truth; an Optuna journal is written 
 """
 
 import hashlib
+import shutil
 import statistics
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import numpy as np
 
 from features.trainset import TrainingSet, load_training_set
 from models.arrays import write_arrays
-from models.elastic import finish, submit
-from models.gbdt import fit_gbdt
+from models.elastic import launch, start_zygote
+from models.gbdt import default_threads, fit_gbdt
 from models.job import Job, Progress
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Range, Spec, Train
@@ -40,9 +40,7 @@ class Trial:
     pruned: bool
 
 
-def tune_into(
-    spec: Spec, data_folder: Path, study: Path, out: Path, *, progress: Progress | None = None
-) -> Note:
+def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path, *, progress: Progress | None = None) -> Note:
     """The stage: searches the network's space and LightGBM's; writes `best.json`, `trials.json` and a page."""
     data = load_training_set(data_folder)
     found = {"network": tune_network(spec, data, study / "network", progress)} if spec.tune.space else {}
@@ -76,35 +74,20 @@ def best(trials: list[Trial]) -> Trial:
 
 def tune_network(spec: Spec, data: TrainingSet, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
-    arrays = write_arrays(data, study.parent / "arrays")
+    arrays, zygote = write_arrays(data, study / "arrays"), start_zygote()
 
-    def evaluate(generation: int, slots: Mapping[int, Params], before: list[Trial]) -> dict[int, Trial]:
-        limits = _limits(spec, before)
-        running: deque[tuple[int, Future[Any]]] = deque()
-        done: dict[int, Trial] = {}
-        folders = {slot: study / f"slot-{slot:04d}" for slot in slots}
-        for slot, params in slots.items():
-            job = Job(str(arrays), apply(spec.train, params), spec.seed + slot, spec.tune.max_epochs,
-                      spec.tune.rows, limits, export=False)  # fmt: skip
-            job.prepare(folders[slot])
-            running.append((slot, submit(folders[slot], ranks=1, max_restarts=spec.train.max_restarts)))
-            if len(running) >= spec.tune.workers:
-                _collect(running, folders, generation, slots, done)
-        while running:
-            _collect(running, folders, generation, slots, done)
-        return done
+    def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
+        folder = study / f"slot-{slot:04d}"
+        job = Job(str(arrays), apply(spec.train, params), spec.seed + slot, spec.tune.max_epochs, spec.tune.rows,
+                  _limits(spec, before), export=False)  # fmt: skip
+        job.prepare(folder)
+        result = launch(folder, ranks=1, max_restarts=spec.train.max_restarts, zygote=zygote).result
+        curve = tuple(e.log_loss for e in result.curve if e.log_loss is not None)
+        return Trial(slot, generation, params, curve, result.log_loss, result.pruned)
 
-    return search(spec, spec.tune.space, study, evaluate)
-
-
-def _collect(
-    running: "deque[tuple[int, Future[Any]]]", folders: Mapping[int, Path], generation: int,
-    slots: Mapping[int, Params], done: dict[int, Trial],
-) -> None:  # fmt: skip
-    slot, future = running.popleft()
-    result = finish(future, folders[slot], 1).result
-    curve = tuple(e.log_loss for e in result.curve if e.log_loss is not None)
-    done[slot] = Trial(slot, generation, slots[slot], curve, result.log_loss, result.pruned)
+    trials = search(spec, spec.tune.space, study, evaluate, progress)
+    shutil.rmtree(arrays)  # made again in a second, and large
+    return trials
 
 
 def _limits(spec: Spec, before: list[Trial]) -> tuple[float | None, ...]:
@@ -115,44 +98,58 @@ def _limits(spec: Spec, before: list[Trial]) -> tuple[float | None, ...]:
     return tuple(statistics.median(losses) if losses else None for losses in reached)
 
 
-def tune_gbdt(spec: Spec, data: TrainingSet, study: Path) -> list[Trial]:
+def tune_gbdt(spec: Spec, data: TrainingSet, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of LightGBM on the newest `tune.rows` training rows."""
     train, valid = data.rows("train")[-spec.tune.rows :], data.rows("valid_fit")
     rows = np.concatenate([train, valid])
     batch, label, part = data.batch.take(rows), data.label[rows], data.part[rows]
+    threads = max(1, default_threads() // spec.tune.workers)
 
-    def evaluate(generation: int, slots: Mapping[int, Params], before: list[Trial]) -> dict[int, Trial]:
-        done = {}
-        for slot, params in slots.items():
-            trees = fit_gbdt(spec.gbdt, batch, label, part, spec.seed, extra=params)
-            done[slot] = Trial(slot, generation, params, trees.curve[:: max(1, len(trees.curve) // 50)],
-                               trees.log_loss, pruned=False)  # fmt: skip
-        return done
+    def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
+        trees = fit_gbdt(spec.gbdt, batch, label, part, spec.seed, extra=params, threads=threads)
+        thinned = trees.curve[:: max(1, len(trees.curve) // 50)]
+        return Trial(slot, generation, params, thinned, trees.log_loss, pruned=False)
 
-    return search(spec, spec.tune.gbdt_space, study, evaluate)
+    return search(spec, spec.tune.gbdt_space, study, evaluate, progress)
 
 
-Evaluate = Callable[[int, Mapping[int, Params], list[Trial]], dict[int, Trial]]
+Evaluate = Callable[[int, int, Params, list[Trial]], Trial]
 
 
-def search(spec: Spec, space: Mapping[str, Range], study: Path, evaluate: Evaluate) -> list[Trial]:
+def search(
+    spec: Spec, space: Mapping[str, Range], study: Path, evaluate: Evaluate, progress: Progress | None = None
+) -> list[Trial]:
     """All trials in slot order. What is stored in `study` from an earlier try is used as it is."""
     trials: list[Trial] = []
-    size = spec.tune.size
+    size, total = spec.tune.size, spec.tune.size * spec.tune.generations
     for generation in range(spec.tune.generations):
-        path = study / f"generation-{generation:03d}.json"
         slots = range(generation * size, (generation + 1) * size)
-        if not path.exists():
-            write_json(path, {"params": {str(slot): draw(spec, space, trials, slot) for slot in slots}})
-        params = {int(slot): p for slot, p in read_json(path)["params"].items()}
-        done = {slot: t for slot in slots if (t := _stored(study, slot)) is not None}
-        todo = {slot: params[slot] for slot in slots if slot not in done}
-        for slot, trial in evaluate(generation, todo, trials).items() if todo else ():
-            write_json(study / f"trial-{slot:04d}.json", asdict(trial))
-            done[slot] = trial
-        trials += [done[slot] for slot in slots]
+        params = _drawn(spec, space, study, generation, slots, trials)
+        found = {slot: trial for slot in slots if (trial := _stored(study, slot)) is not None}
+        with ThreadPoolExecutor(spec.tune.workers, "trial") as pool:
+            running = [pool.submit(evaluate, slot, generation, params[slot], trials) for slot in slots if slot not in found]
+            try:
+                for future in as_completed(running):
+                    trial = future.result()
+                    write_json(study / f"trial-{trial.slot:04d}.json", asdict(trial))
+                    found[trial.slot] = trial
+                    if progress is not None:
+                        progress((len(trials) + len(found)) / total, f"{study.name}: {len(trials) + len(found)} trials")
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error the slots in line are not begun
+        trials = trials + [found[slot] for slot in slots]
     _journal(spec, space, trials, study)
     return trials
+
+
+def _drawn(
+    spec: Spec, space: Mapping[str, Range], study: Path, generation: int, slots: range, before: list[Trial]
+) -> dict[int, Params]:
+    """The parameters of a generation, stored before any of its slots is evaluated."""
+    path = study / f"generation-{generation:03d}.json"
+    if not path.exists():
+        write_json(path, {"params": {str(slot): draw(spec, space, before, slot) for slot in slots}})
+    return {int(slot): params for slot, params in read_json(path)["params"].items()}
 
 
 def _stored(study: Path, slot: int) -> Trial | None:

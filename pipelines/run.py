@@ -40,6 +40,11 @@ class Run:
         """The same run with a line about it."""
         return replace(self, line=line)
 
+    @property
+    def page(self) -> str:
+        """Where the page about what arrived lies (home-relative)."""
+        return f"runs/{self.pipeline}/{self.run_id}/arrived.md"
+
     def folder(self, home: Home) -> Path:
         return home.runs(self.pipeline) / self.run_id
 

@@ -1,7 +1,7 @@
 """Stage 1: what landed becomes a snapshot, and the run's inputs are pinned."""
 
 from deploy.rollout import champion
-from features.ingest import cut
+from features.ingest import cut, read_snapshot, write_arrivals
 from features.ingest import ingest as take_in
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
@@ -25,5 +25,6 @@ def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None 
     previous = done[-1]["inputs"]["snapshot"] if done else ""
     run = pin(home, spec, as_of_us=at, snapshot=snapshot.digest, previous=previous,
               parent=now.release if now else "", code=code_digest("flows"))  # fmt: skip
+    write_arrivals(snapshot, read_snapshot(home, spec.pipeline, previous) if previous else None, home.root / run.page)
     rows = f"{sum(snapshot.rows.values()):,} rows in {len(snapshot.rows)} tables, {snapshot.new_files} new files"
     return run.says(rows + (f", known up to {iso(at)}" if spec.timed else ""))

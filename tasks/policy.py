@@ -148,10 +148,12 @@ def _record(name: str, args: Sequence[Any], result: Any, seconds: float, cpu_s: 
 
 def _page(name: str, result: Any) -> None:
     """Shows the stage's own page, where it left one, as an artifact in the Prefect UI."""
-    if not isinstance(result, Artifact):
-        return
-    folder = open_home().root / result.path
-    page = next((p for p in (folder / "page.md", folder / "volatile" / "page.md") if p.is_file()), None)
+    root = open_home().root
+    if isinstance(result, Artifact):
+        places = [root / result.path / "page.md", root / result.path / "volatile" / "page.md"]
+    else:
+        places = [root / result.page] if getattr(result, "page", "") else []
+    page = next((p for p in places if p.is_file()), None)
     if page is not None:
         create_markdown_artifact(page.read_text(encoding="utf-8"), key=name.replace("_", "-"), description=result.line)
 

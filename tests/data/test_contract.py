@@ -223,8 +223,8 @@ def test_bad_data_is_refused_by_name(case: str, home: Home) -> None:
 
 
 ONLY = ["known before it happened", "all null", "NaN", "NaN where null may be", "infinity", "minus infinity",
-        "infinity where a range ends", "another pattern",
-        "null known-at", "null event time", "too many unknown references"]  # fmt: skip
+        "infinity where a range ends", "another pattern", "null known-at", "null event time",
+        "too many unknown references"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ONLY)

@@ -112,6 +112,7 @@ def test_killed_between_pointer_and_manifest(landed: Path, undisturbed: dict[str
     pointer = tmp_path / "releases" / "flights_demo" / "champion.json"
     while not pointer.exists() and process.poll() is None:
         time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[1][-3000:]
     _kill_tree(process)
     assert not list(tmp_path.glob("runs/flights_demo/*/manifest.json"))
     result = _run(tmp_path)
