@@ -92,7 +92,7 @@ class AsofOfflineStore(OfflineStore):
             rows = pa.Table.from_pandas(entity_df, preserve_index=False)
             t = int_times(rows[DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL])
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                joined = pool.map(lambda item: _join(config, *item, rows, t), wanted.items())
+                joined = pool.map(lambda item: _join(config, item[0], item[1], rows, t), wanted.items())
             columns = dict(zip(rows.column_names, rows.columns, strict=True))
             for (view, features), found in zip(wanted.items(), joined, strict=True):
                 prefix = f"{view.projection.name_to_use()}__" if full_feature_names else ""
@@ -128,7 +128,7 @@ class AsofOfflineStore(OfflineStore):
     ) -> RetrievalJob:  # fmt: skip
         """Every row with its event in [start_date, end_date]."""
         columns = [*join_key_columns, *feature_name_columns, timestamp_field]
-        columns += [created_timestamp_column] * bool(created_timestamp_column)
+        columns += [created_timestamp_column] if created_timestamp_column else []
 
         def run() -> pa.Table:
             return _between(config, data_source, timestamp_field, start_date, end_date).select(columns)

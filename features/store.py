@@ -241,19 +241,22 @@ def _raw_through_feast(
     entity = rows.select(sorted(needed)).append_column("event_timestamp", pa.array(t).cast(pa.timestamp("us", "UTC")))
     store = open_feast(home, features)
     job = store.get_historical_features(
-        entity_df=entity.to_pandas(), features=store.get_feature_service(spec.pipeline), full_feature_names=True
+        entity_df=entity.to_pandas(integer_object_nulls=True), full_feature_names=True,
+        features=store.get_feature_service(spec.pipeline),
     )
     joined = job.to_arrow()
     if joined.num_rows != len(t):
         raise MillraceError(f"the point-in-time join gave {joined.num_rows} rows for {len(t)}")
+    found = dict(zip(joined.column_names, joined.columns, strict=True))
+    del joined, entity  # each column is freed as it is read
     for stored in stored_views(spec):
         columns = {}
         for name in stored.integers:
             none = MISSING if name in ("_event", "_order") else 0
-            column = joined[f"{stored.name}__{name}"].combine_chunks().cast(pa.int64())
+            column = found.pop(f"{stored.name}__{name}").combine_chunks().cast(pa.int64())
             columns[name] = column.fill_null(none).to_numpy(zero_copy_only=False)
         for name, kind in stored.values:
-            columns[name] = as_array(joined[f"{stored.name}__{name}"], kind)
+            columns[name] = as_array(found.pop(f"{stored.name}__{name}"), kind)
         raw[stored.view][stored.name] = columns
     return raw
 

@@ -13,7 +13,8 @@ import click
 
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home, open_home, process_env
-from pipelines.manifest import canonical_json, lock
+from pipelines.manifest import canonical_json
+from pipelines.run import run_lock
 from pipelines.spec import Spec, find_pipeline, json_schema, load_spec
 
 Answer = dict[str, Any]
@@ -112,8 +113,9 @@ def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     """Runs the whole pipeline: from what landed to a verdict and a release."""
     home, spec = open_home(), load_spec(pipeline, overrides)
     _prepared(home)
-    with lock(home.lock(f"run-{spec.pipeline}"), what=f"a run of {spec.pipeline}"):
-        outcome = _retrain(home, spec, pipeline, as_of, list(overrides))
+    with run_lock(home, spec.pipeline):
+        pass  # said at once, before anything heavy starts; the flow takes it for itself
+    outcome = _retrain(home, spec, pipeline, as_of, list(overrides))
     code = {"refused": 3}.get(outcome.outcome, 0)
     report = home.root / outcome.report
     lines = [f"{outcome.outcome}: {outcome.release or 'no champion'} (run {outcome.run_id})"]

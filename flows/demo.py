@@ -13,7 +13,8 @@ from flows.quick import nothing_new
 from flows.serving import serve_champion
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home, open_home, process_env
-from pipelines.manifest import lock, read_json
+from pipelines.manifest import read_json
+from pipelines.run import run_lock
 from pipelines.sample import land
 from pipelines.spec import Spec, load_spec
 
@@ -24,10 +25,10 @@ def demo(name: str, overrides: list[str]) -> None:
     os.environ.update(process_env(home))
     time.tzset()
     began = time.monotonic()
-    with lock(home.lock(f"run-{spec.pipeline}"), what=f"a run of {spec.pipeline}"):
+    with run_lock(home, spec.pipeline):
         outcome = nothing_new(home, spec, None) if home.landing(spec.pipeline).exists() else None
-        if outcome is None:
-            outcome = _first(home, spec, name, overrides)
+    if outcome is None:
+        outcome = _first(home, spec, name, overrides)
     service = serve_champion(home, spec, port=None, background=True)
     assert service is not None
     status, answer, request = _ask(home, outcome, service)

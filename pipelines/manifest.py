@@ -46,7 +46,7 @@ def code_digest(layer: str) -> str:
     """SHA-256 over the sources that a stage of this layer may import (its own and all below)."""
     sources = hashlib.sha256()
     for name in _LAYERS[: _LAYERS.index(layer) + 1]:
-        for path in sorted((ROOT / name).rglob("*.py")):
+        for path in sorted(p for p in (ROOT / name).rglob("*") if p.suffix in (".py", ".j2")):
             sources.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return sources.hexdigest()
 

@@ -1,13 +1,14 @@
 """A run: its pinned inputs, its name, and its record. Everything later reads the pins, never the pointers."""
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.clock import iso, wall_us
 from pipelines.home import Home
-from pipelines.manifest import digest_of, read_json, write_json
+from pipelines.manifest import digest_of, lock, read_json, write_json
 from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
@@ -56,6 +57,11 @@ class Run:
 
 
 _PINS = {f.name for f in fields(Run)} - {"unchanged", "line"}
+
+
+def run_lock(home: Home, pipeline: str) -> AbstractContextManager[None]:
+    """The lock that every run of a pipeline holds, started from the command line or by a worker."""
+    return lock(home.lock(f"run-{pipeline}"), what=f"a run of {pipeline}")
 
 
 def finished(home: Home, pipeline: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from pipelines.clock import wall_us
 from pipelines.errors import Refused, UsageError
 from pipelines.home import Home, open_home
 from pipelines.manifest import Artifact, code_digest, digest_of, find_artifact, library_versions
-from pipelines.run import Run, unfinished
+from pipelines.run import Run, run_lock, unfinished
 from pipelines.spec import Spec, load_spec
 
 P = ParamSpec("P")
@@ -70,10 +70,12 @@ def refusals(story: Callable[P, Outcome]) -> Callable[P, Any]:
     @wraps(story)
     def told(*args: P.args, **kwargs: P.kwargs) -> Any:
         home = open_home()
+        name = load_spec(str(next(iter((*args, *kwargs.values()))))).pipeline
         try:
-            outcome = story(*args, **kwargs)
+            with run_lock(home, name):
+                outcome = story(*args, **kwargs)
         except Refused as refusal:
-            run = unfinished(home, load_spec(str(next(iter((*args, *kwargs.values()))))).pipeline)
+            run = unfinished(home, name)
             if run is not None:
                 write_refusal(home, run, str(refusal), refusal.report)
             return Failed(name="Refused", message=str(refusal), data=refusal)
