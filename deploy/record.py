@@ -116,14 +116,16 @@ def _result(spec: Spec, run: Run, at: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def stage_costs(folder: Path) -> list[dict[str, Any]]:
-    """Seconds, CPU seconds and peak MB of each stage, the last time that it ran."""
-    path, found = folder / "stages.jsonl", {}
+    """Seconds, CPU seconds and peak MB of each stage, from the try that took longest: a resumed one finds its output."""
+    path = folder / "stages.jsonl"
+    found: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             body = json.loads(line)
         except ValueError:  # a line that a crash cut short
             continue
-        found[body["stage"]] = body
+        if body["stage"] not in found or body["seconds"] > found[body["stage"]]["seconds"]:
+            found[body["stage"]] = body
     return list(found.values())
 
 

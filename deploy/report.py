@@ -6,6 +6,7 @@ and a dark screen. Lengths in plots are CSS pixels. A piece that a run did not l
 
 import io
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,11 +83,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Learning:
-    """Log loss on valid_fit by epoch or round, and the step that was kept."""
+    """Log loss on valid_fit by epoch or round (NaN: not finite), on train where it is known, and the step that was kept."""
 
     model: str
     steps: str
     losses: tuple[float, ...]
+    train: tuple[float, ...]
     kept: int
 
 
@@ -179,11 +181,17 @@ def _trials(at: Mapping[str, Path]) -> tuple[Trial, ...]:
 def _learning(at: Mapping[str, Path]) -> tuple[Learning, ...]:
     found = []
     for model, points in (_read(at, "train", "curves.json") or {}).items():
-        losses = tuple(float(p["log_loss"] if isinstance(p, Mapping) else p) for p in points)
-        if losses:
+        losses = _floats(p["log_loss"] if isinstance(p, Mapping) else p for p in points)
+        train = _floats(p.get("train_loss") for p in points if isinstance(p, Mapping))
+        known = [loss for loss in losses if math.isfinite(loss)]
+        if known:
             steps = "round" if model.startswith("gbdt") else "epoch"
-            found.append(Learning(model, steps, losses, losses.index(min(losses)) + 1))
+            found.append(Learning(model, steps, losses, train, losses.index(min(known)) + 1))
     return tuple(found)
+
+
+def _floats(values: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)
 
 
 def _weights(at: Mapping[str, Path], features: tuple[Feature, ...], chosen: str) -> tuple[tuple[Weight, ...], str]:
@@ -489,7 +497,7 @@ def _charts(spec: Spec, manifest: Mapping[str, Any], found: Material) -> dict[st
         "roc": _roc(evaluation), "pr": _precision(evaluation), "calibration": _calibration(evaluation),
         "slices": {n: _slices(n, s[:SLICE_BARS], spec.gate.slice_min_rows, limits) for n, s in by_name.items()},
         "more": {n: len(s) - SLICE_BARS for n, s in by_name.items() if len(s) > SLICE_BARS},
-        "importance": _importance(found.weights[:TOP_FEATURES]) if found.weights else "",
+        "importance": _importance([w for w in found.weights if w.share > 0][:TOP_FEATURES]) if found.weights else "",
         "groups": _group_bars(found) if found.weights else "",
         "trials": {study: _trial_points(study, trials) for study, trials in studies.items()},
         "learning": [(one, _learning_curve(one)) for one in found.learning],
@@ -666,12 +674,14 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], paint: str
 
 
 def _importance(weights: Sequence[Weight]) -> Markup:
-    axes = _axes(620, 12 + 21 * len(weights), left=286, right=52, top=2, bottom=6)
-    _bars(axes, [_plain(w.name, 44) for w in weights], [w.share for w in weights], _ACCENT)
-    axes.set_xlim(0, max(w.share for w in weights) or 1)
+    axes = _axes(620, 12 + 21 * len(weights), left=272, right=186, top=2, bottom=6)
+    _bars(axes, [_plain(w.name, 42) for w in weights], [w.share for w in weights], _ACCENT)
+    axes.set_xlim(0, max((w.share for w in weights), default=1))
     for place, one in enumerate(weights):
         axes.annotate(f"{one.share:.1%}", (one.share, place), (5, 0), textcoords="offset points", va="center_baseline",
                       fontsize=10.5)  # fmt: skip
+        axes.annotate(_plain(one.group, 25), (1, place), (184, 0), xycoords=axes.get_yaxis_transform(), color=_SOFT,
+                      textcoords="offset points", ha="right", va="center_baseline", fontsize=10)  # fmt: skip
     return _svg(axes, "importance", "The strongest features by gain")
 
 
@@ -721,10 +731,13 @@ def _learning_curve(one: Learning) -> Markup:
     steps = range(1, len(one.losses) + 1)
     paint = _PAINT.get(f"m-{one.model.replace('_', '-')}", _ACCENT)
     few = len(one.losses) <= 40
+    if one.train:
+        axes.plot(range(1, len(one.train) + 1), one.train, color=_SOFT, lw=1.4, ls=(0, (4, 2)))
     axes.plot(steps, one.losses, color=paint, lw=2, marker="o" if few else None, ms=6, mec=_CARD, mew=1)
     axes.plot([one.kept], [one.losses[one.kept - 1]], "o", ms=13 if few else 9, mfc="none", mec=paint, mew=1.8)
     axes.grid(visible=True, axis="y")
-    axes.text(-0.07, 1.06, "log loss on valid_fit", transform=axes.transAxes, color=_SOFT, fontsize=10.5)
+    said = "log loss on valid_fit" + (", dashed: on train" if one.train else "")
+    axes.text(-0.07, 1.06, said, transform=axes.transAxes, color=_SOFT, fontsize=10.5)
     axes.set_xlabel(one.steps, fontsize=10.5, labelpad=5)
     axes.margins(y=0.14)
     axes.locator_params(axis="y", nbins=5)

@@ -18,6 +18,7 @@ Shapes: N facts or steps, Q queries, K keys.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -350,19 +351,29 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sweep(facts: Versions, codes: np.ndarray, event: np.ndarray, rows: np.ndarray) -> list[Part]:
-    """Newest live version at each instant, for the keys where versions are superseded."""
+    """Newest live version at each instant at which it changes, for the keys where versions are superseded."""
     found: list[tuple[int, int, int, int]] = []
-    order = rows[np.argsort(codes[rows], kind="stable")]
+    order = rows[order_of(codes[rows], facts.known_from[rows])]
     for group in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []:
-        changes = np.unique(np.concatenate([facts.known_from[group], facts.known_to[group]]))
-        for t in changes[changes < NEVER]:
-            live = group[(facts.known_from[group] <= t) & (t < facts.known_to[group])]
-            best = max(live, key=lambda i: (event[i], facts.known_from[i], facts.fact[i]), default=-1)
-            found.append((codes[group[0]], t, best, event[best] if best >= 0 else MISSING))
+        code, best, new = int(codes[group[0]]), -1, 0
+        heap: list[tuple[int, int, int, int]] = []  # newest first; what has ended is dropped when it comes up
+        row = group.tolist()
+        begins, ends = facts.known_from[group].tolist(), facts.known_to[group].tolist()
+        events, fact = event[group].tolist(), facts.fact[group].tolist()
+        for t in sorted({*begins, *ends} - {NEVER}):
+            while new < len(begins) and begins[new] <= t:
+                heappush(heap, (-events[new], -begins[new], -fact[new], new))
+                new += 1
+            while heap and ends[heap[0][3]] <= t:
+                heappop(heap)
+            newest = heap[0][3] if heap else -1
+            if newest != best:
+                best = newest
+                found.append((code, t, row[best] if heap else -1, events[best] if heap else MISSING))
     if not found:
         return []
-    code, t, row, seen = (np.array(x, np.int64) for x in zip(*found, strict=True))
-    return [(code, t, row, seen)]
+    codes_at, t_at, row_at, seen_at = (np.array(x, np.int64) for x in zip(*found, strict=True))
+    return [(codes_at, t_at, row_at, seen_at)]
 
 
 def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, ttl: int) -> Part:

@@ -314,12 +314,12 @@ class Range(Model):
 class Network(Model):
     """The network: embeddings of categories and periodic embeddings of numbers into an MLP."""
 
-    width: int = Field(192, ge=1, description="units per hidden layer")
+    width: int = Field(128, ge=1, description="units per hidden layer")
     depth: int = Field(2, ge=1, description="hidden layers")
     dropout: float = Field(0.1, ge=0, lt=1)
     embedding: int = Field(8, ge=1, description="numbers per category")
-    frequencies: int = Field(8, ge=0, description="periodic frequencies per number; 0: numbers go in as they are")
-    sigma: float = Field(0.3, gt=0, description="scale of the initial frequencies")
+    frequencies: int = Field(2, ge=0, description="periodic frequencies per number; 0: numbers go in as they are")
+    sigma: float = Field(0.2, gt=0, description="scale of the initial frequencies")
 
 
 class Train(Model):
@@ -328,8 +328,8 @@ class Train(Model):
     network: Network = Network()
     ranks: int | Literal["auto"] = Field("auto", description="processes; auto: one per GPU, else 1")
     max_epochs: int = Field(4, ge=1)
-    batch_size: int = Field(2048, ge=2, description="rows per optimiser step over all ranks")
-    learning_rate: float = Field(2e-3, gt=0)
+    batch_size: int = Field(512, ge=2, description="rows per optimiser step over all ranks")
+    learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")

@@ -6,10 +6,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import psutil
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
@@ -131,8 +133,13 @@ def _run_name() -> str:
 
 
 def _cpu_s() -> float:
+    """CPU seconds of this process, of children that ended, and of those that live (the zygote and its ranks)."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usage)
+    spent = sum(u.ru_utime + u.ru_stime for u in usage)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            spent += sum(child.cpu_times()[:4])
+    return spent
 
 
 def _record(name: str, args: Sequence[Any], result: Any, seconds: float, cpu_s: float) -> None:
@@ -141,7 +148,7 @@ def _record(name: str, args: Sequence[Any], result: Any, seconds: float, cpu_s: 
     if run is None:
         return
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    line = {"stage": name, "seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3),
+    line = {"stage": name, "seconds": round(seconds, 3), "cpu_s": round(max(0.0, cpu_s), 3),
             "peak_mb": max(peaks) // 1024, "ended_us": wall_us(), "line": getattr(result, "line", "")}  # fmt: skip
     path = run.folder(open_home()) / "stages.jsonl"
     with path.open("a") as file:

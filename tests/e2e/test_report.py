@@ -110,7 +110,7 @@ def _write_models(out: Path, spec: Spec) -> None:
     (out / "gbdt.txt").write_text(lgb.train(settings, data, 5).model_to_string())
     write_json(out / "curves.json", {
         "gbdt": [0.6 - 0.002 * i for i in range(60)] + [0.47, 0.475],
-        "network": [{"epoch": i, "log_loss": x, "auc": 0.7, "train_loss": x} for i, x in ((1, 0.5), (2, 0.45), (3, 0.47))],
+        "network": [{"epoch": i, "log_loss": x, "auc": 0.7, "train_loss": x} for i, x in ((1, 0.5), (2, 0.45), (3, None))],
     })  # fmt: skip
     write_json(out / "choice.json", {"chosen": "blend", "candidates": [
         {"name": "gbdt", "weights": {"gbdt": 1.0}, "log_loss": 0.47, "auc": 0.76},
