@@ -40,7 +40,7 @@ lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 lock: setup  ## resolves requirements.lock anew
-	@$(BIN)/uv pip compile pyproject.toml --extra dev --no-annotate --no-header -q \
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --no-annotate --no-header -q \
 	  -c <(printf 'torch==2.13.0\npyarrow<26\n') | grep -vE '^(torch==|triton|cuda-|nvidia-(cu|nccl|nv[jts]))' > requirements.lock
 
 schema: setup  ## pipelines/schema.json, for editors
