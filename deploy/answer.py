@@ -1,11 +1,13 @@
 """`python -m deploy.answer FRAME OUT`, run inside a bento: its answers to a frame of features, as it serves them."""
 
+from pathlib import Path
+
 import deploy.imports
 
-deploy.imports.install()
+SRC = Path(__file__).resolve().parents[1]
+deploy.imports.install(SRC)
 
 import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
@@ -17,7 +19,7 @@ from models.score import Model  # noqa: E402
 
 def main(frame: Path, out: Path) -> None:
     """Writes one column `score` for the rows of `frame`."""
-    bundle = Path(__file__).resolve().parents[1] / "bundle"
+    bundle = SRC / "bundle"
     table = pq.read_table(frame)
     columns = {
         name: as_array(table[name], "string" if pa.types.is_string(table[name].type) else "float64")

@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models.score import Model
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import (
@@ -96,6 +95,8 @@ def _build(home: Home, scratch: Path, name: str, version: str, pins: dict[str, s
 
 def package_into(spec: Spec, home: Home, model: Path, verdict: Path, defs_digest: str, out: Path) -> Note:
     """The stage: builds the bento of a model and notes it in `out`."""
+    from models.score import Model  # seconds, and the command line imports this module for less
+
     files = [model / name for name in (*Model.load(model).files, "preprocess.json")] + [verdict / "replay.parquet"]
     with tempfile.TemporaryDirectory(dir=home.root) as scratch:
         bento = build_bento(spec, home, files, defs_digest, Path(scratch))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,28 +76,35 @@ def start(
     src = bento / "src"
     env = {**os.environ, **process_env(home), "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1", **extra}
     command = [sys.executable, "-m", "bentoml", "serve", str(bento), "--host", "127.0.0.1", "--port", str(port)]
+    before = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=src, env=env, stdout=out, stderr=out, start_new_session=True)
     service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release, str(log),
                       int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")))  # fmt: skip
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        if "initialize" not in (words := last_words(log)) and "Error" in words and "Traceback" in words:
-            break
+        if process.poll() is not None or "Application startup failed" in last_words(log, since=before):
+            break  # BentoML would start its worker again and again
         try:
             with urllib.request.urlopen(f"{service.url}/readyz", timeout=2):
                 return service
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     stop(service)
-    raise MillraceError(f"the endpoint of {release} did not become ready: {last_words(log)}")
+    raise MillraceError(f"the endpoint of {release} did not become ready: {reason(log, since=before)} (log: {log})")
 
 
-def last_words(log: Path, lines: int = 6) -> str:
-    """The end of a log file."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])[-1500:] if log.exists() else ""
+def last_words(log: Path, lines: int = 6, *, since: int = 0) -> str:
+    """The end of a log file, of what was written after its first `since` bytes."""
+    text = log.read_bytes()[since:].decode(errors="replace") if log.exists() else ""
+    return "\n".join(text.splitlines()[-lines:])[-1500:]
+
+
+def reason(log: Path, *, since: int = 0) -> str:
+    """The last exception that a log names, in one line without its traceback; its end where it names none."""
+    text = log.read_bytes()[since:].decode(errors="replace") if log.exists() else ""
+    named = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Refused): .+)", text, re.MULTILINE)
+    return named[-1].removeprefix("MillraceError: ")[:600] if named else last_words(log, since=since)
 
 
 def stop(service: Service, *, grace_s: float = 15) -> None:

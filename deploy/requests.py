@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from pipelines.spec import Spec
 
 MAX_ROWS = 1_000
 MAX_BYTES = 4_000_000
+_NOT_TEXT = re.compile("[\x1f\ud800-\udfff]")  # the separator of keys, and halves of characters that are no text
 
 
 class BadRequest(Exception):
@@ -81,6 +83,7 @@ def _row(i: int, row: object, fields: dict[str, Field]) -> dict[str, Any]:
     return {name: _value(f"rows[{i}].{name}", value, fields[name].type) for name, value in row.items()}
 
 
+_EARLIEST, _LATEST = parse_time("0002-01-01"), parse_time("9999-01-01")  # whose local times Python can tell
 _WANTED = {
     "string": "text", "int64": "whole number", "float64": "number", "bool": "true or false",
     "timestamp": "time such as \"2013-12-30T12:00:00Z\"",
@@ -92,9 +95,12 @@ def _value(where: str, value: object, kind: str) -> Any:
         return None
     if kind == "timestamp" and isinstance(value, str):
         try:
-            return parse_time(value)
+            at = parse_time(value)
         except (ValueError, OverflowError) as error:
             raise BadRequest(422, f"{where}: {error}") from None
+        if not _EARLIEST <= at <= _LATEST:
+            raise BadRequest(422, f"{where} is out of range; send a time in the years 2 to 9998")
+        return at
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
         "string": isinstance(value, str),
@@ -107,8 +113,8 @@ def _value(where: str, value: object, kind: str) -> Any:
         raise BadRequest(422, f"{where} is {_kind(value)}; send a {_WANTED[kind]}")
     if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type]
         raise BadRequest(422, f"{where} is out of range; send a finite number")
-    if isinstance(value, str) and (len(value) > 1_000 or "\x1f" in value):
-        raise BadRequest(422, f"{where} is longer than 1,000 characters or holds a control character")
+    if isinstance(value, str) and (len(value) > 1_000 or _NOT_TEXT.search(value)):
+        raise BadRequest(422, f"{where} is longer than 1,000 characters, or holds a control or a half character")
     return value
 
 

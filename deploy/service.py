@@ -4,25 +4,28 @@
 takes raw features. One code path after the look-up. `/info` says what answers.
 """
 
+from pathlib import Path
+
 import deploy.imports
 
-deploy.imports.install()
+SRC = Path(__file__).resolve().parents[1]
+deploy.imports.install(SRC)
 
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
 import uuid  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
 from typing import Any  # noqa: E402
 
 import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
+from starlette.exceptions import HTTPException  # noqa: E402
 from starlette.requests import Request  # noqa: E402
-from starlette.responses import JSONResponse  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
@@ -33,10 +36,10 @@ from features.preprocess import Preprocess  # noqa: E402
 from features.windows import Columns  # noqa: E402
 from models.score import Model  # noqa: E402
 from pipelines.clock import MISSING, Clock, iso, wall_us  # noqa: E402
+from pipelines.errors import MillraceError  # noqa: E402
 from pipelines.manifest import read_json  # noqa: E402
 from pipelines.spec import Spec  # noqa: E402
 
-SRC = Path(__file__).resolve().parents[1]
 log = logging.getLogger("millrace.service")
 
 
@@ -176,7 +179,7 @@ class Endpoint:
                 stored = served.looked.own[name][i]
                 same = stored == given if field.type != "float64" else float(stored) == float(given)
                 if not same:
-                    shown = _shown(_plain(stored), field.type)
+                    shown = as_json(_shown(_plain(stored), field.type))
                     raise BadRequest(422, f"rows[{i}].{name} is not what is stored ({shown}); leave it out")
 
     def _log(self, route: str, request_id: str, now: int, began: int, frame: Columns,
@@ -208,14 +211,19 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any, kind: str) -> Any:
-    return iso(int(value)) if kind == "timestamp" and value is not None else value
+    """A value of the row as a request writes it."""
+    if value is None or (kind == "timestamp" and value == MISSING):
+        return None
+    if kind == "timestamp":
+        return iso(int(value))
+    return bool(value) if kind == "bool" else int(value) if kind == "int64" else value
 
 
 _endpoint: dict[str, Endpoint] = {}
 
 
 def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Request], Any]:
-    async def handle(request: Request) -> JSONResponse:
+    async def handle(request: Request) -> Response:
         try:
             length = int(request.headers.get("content-length") or 0)
             if length > MAX_BYTES:
@@ -227,9 +235,25 @@ def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Req
                     raise BadRequest(413, f"the body is larger than {MAX_BYTES:,} bytes: send fewer rows")
             return JSONResponse(answer(_endpoint["it"], bytes(body)))
         except BadRequest as error:
-            return JSONResponse({"error": error.message, **error.details}, error.status)
+            return _refusal(error.status, error.message, **error.details)
+        except MillraceError as error:  # such as a served store that another version has fed
+            return _refusal(503, str(error))
 
     return handle
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """A wrong path or method, as a sentence too."""
+    assert isinstance(error, HTTPException)
+    known = {"/predict": "POST", "/predict_features": "POST", "/info": "GET"}
+    wanted = known.get(request.url.path)
+    hint = f"send {wanted} {request.url.path}" if wanted else "known: " + ", ".join(f"{m} {p}" for p, m in known.items())
+    return _refusal(error.status_code, f"{request.method} is not answered here; {hint}", headers=error.headers)
+
+
+def _refusal(status: int, message: str, *, headers: Mapping[str, str] | None = None, **details: Any) -> Response:
+    """JSON in ASCII: a message may quote what is not valid text."""
+    return Response(json.dumps({"error": message, **details}), status, headers, "application/json")
 
 
 def _app() -> Starlette:
@@ -249,7 +273,7 @@ def _app() -> Starlette:
             Route("/preflight/features", _route(Endpoint.features_at), methods=["POST"]),
             Route("/preflight/modules", modules),
         ]
-    return Starlette(routes=routes)
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
 
 @bentoml.asgi_app(_app(), path="/")

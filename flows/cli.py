@@ -1,5 +1,6 @@
 """`millrace VERB PIPELINE`: the command line. Exit codes: 0 done or unchanged, 1 error, 2 usage, 3 refused."""
 
+import errno
 import json
 import os
 import sys
@@ -25,9 +26,8 @@ class _Verbs(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
-        except click.exceptions.Exit as stop:
-            sys.exit(stop.exit_code)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.exit(code if isinstance(code, int) else 0)
         except click.ClickException as error:
             error.show()
             sys.exit(2)
@@ -39,6 +39,11 @@ class _Verbs(click.Group):
             if isinstance(error, Refused) and error.report:
                 print(f"report: {open_home().root / error.report}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            print(f"error: {error}; free space or rights there, and try again", file=sys.stderr)
+            sys.exit(1)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -143,10 +148,10 @@ def _retrain(home: Home, spec: Spec, pipeline: str, as_of: str | None, overrides
 @_set
 def serve(pipeline: str, port: int | None, background: bool, overrides: tuple[str, ...]) -> Answer | None:
     """Serves the champion over HTTP."""
-    from flows.serving import serve_champion
-
     home, spec = open_home(), load_spec(pipeline, overrides)
     _prepared(home)
+    from flows.serving import serve_champion
+
     service = serve_champion(home, spec, port=port, background=background)
     if service is None:
         return None
@@ -157,18 +162,20 @@ def serve(pipeline: str, port: int | None, background: bool, overrides: tuple[st
 @click.argument("pipeline", required=False)
 def down(pipeline: str | None) -> Answer:
     """Stops the endpoint of a pipeline, or everything that `up` and `serve` left running."""
+    home = open_home()
     from flows.serving import stop_all
 
-    stopped = stop_all(open_home(), pipeline)
+    stopped = stop_all(home, pipeline)
     return {"text": "\n".join(f"stopped {s}" for s in stopped) or "nothing was running", "stopped": stopped}
 
 
 @_verb
 def status() -> Answer:
     """What runs, and which release each pipeline serves."""
+    home = open_home()
     from flows.serving import status_of
 
-    return status_of(open_home())
+    return status_of(home)
 
 
 @_verb
@@ -203,11 +210,10 @@ def monitor(pipeline: str) -> Answer:
 @_pipeline
 def releases(pipeline: str) -> Answer:
     """The releases of a pipeline, newest last, and which is champion."""
+    home, spec = open_home(), load_spec(pipeline)
     from deploy.rollout import champion, released
     from pipelines.clock import iso
 
-    home = open_home()
-    spec = load_spec(pipeline)
     now, found = champion(home, spec.pipeline), released(home, spec.pipeline)
     lines = [
         f"{'*' if now and r.release == now.release else ' '} {r.release}  as of {iso(r.as_of_us)}  run {r.run_id}"
@@ -235,10 +241,10 @@ def rollback(pipeline: str, to: str | None, why: str) -> Answer:
 @click.option("--no-worker", is_flag=True, help="Only the server and its UI.")
 def up(port: int, no_worker: bool) -> Answer:
     """Starts the Prefect server with its UI, and a worker for the schedules, on this machine."""
-    from flows.serving import start_prefect
-
     home = open_home()
     _prepared(home)
+    from flows.serving import start_prefect
+
     started = start_prefect(home, port=port, worker=not no_worker)
     return {"text": "\n".join(started.lines), "ui": started.ui}
 

@@ -14,14 +14,20 @@ from deploy.process import Service, call, free_port, running, stop
 from deploy.record import Outcome
 from flows.serving import SERVER, spawn_server, wait_for_server
 from pipelines.errors import MillraceError
-from pipelines.home import Home
+from pipelines.home import Home, free_mb
 from pipelines.manifest import write_atomic
 
+LEAST_MB = 100
 HEAVY = ("feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
 
 
 def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str]) -> Outcome:
     """The outcome of one `retrain`. A refusal is raised as it was inside."""
+    if (free := free_mb(home)) < LEAST_MB:
+        raise MillraceError(
+            f"home {home.root}: {free} MB free, a run needs at least {LEAST_MB} MB; free space there, or point "
+            "MILLRACE_HOME at another folder"
+        )
     with recorded(home) as server:
         for module in HEAVY:
             importlib.import_module(module)
@@ -29,9 +35,17 @@ def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str])
         wait_for_server(server)
         from flows.retrain import retrain
 
-        state: Any = retrain(pipeline, as_of, overrides, return_state=True)
-        result = state.result(raise_on_failure=False)
-        _settle(f"{server.url}/api", str(state.state_details.flow_run_id))
+        try:
+            state: Any = retrain(pipeline, as_of, overrides, return_state=True)
+            result = state.result(raise_on_failure=False)
+            _settle(f"{server.url}/api", str(state.state_details.flow_run_id))
+        except Exception as error:  # Prefect's own: it gave up on its server
+            result = error
+        if isinstance(result, Exception) and not isinstance(result, MillraceError) and not server.alive():
+            raise MillraceError(
+                f"the Prefect server on port {server.port} ended while the run was going on (log: {server.log}); "
+                f"`millrace run {pipeline}` starts it anew and goes on where this run stopped"
+            )
     if isinstance(result, BaseException):
         raise result if isinstance(result, MillraceError) else _told(home, pipeline, result) from None
     if not isinstance(result, Outcome):
@@ -58,9 +72,13 @@ def _settle(api: str, flow_run: str, *, wait_s: float = 10) -> None:
 def _told(home: Home, pipeline: str, error: BaseException) -> MillraceError:
     """One sentence about an unexpected error; the traceback goes to a file of the home."""
     path = home.root / "errors" / f"{pipeline.replace('/', '_')}.txt"
-    write_atomic(path, "".join(traceback.format_exception(error)))
+    where = f"traceback in {path}"
+    try:
+        write_atomic(path, "".join(traceback.format_exception(error)))
+    except OSError as full:
+        where = f"{path} could not be written: {full.strerror}"
     return MillraceError(
-        f"{type(error).__name__}: {str(error)[:300]} (traceback in {path}); nothing was published, and "
+        f"{type(error).__name__}: {str(error)[:300]} ({where}); nothing is half-published, and "
         f"`millrace run {pipeline}` goes on where this run stopped"
     )
 
@@ -74,6 +92,7 @@ def recorded(home: Home) -> Iterator[Service]:
         ours = server = spawn_server(home, free_port(), tied=True)
     try:
         os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # with five, minutes pass until a dead server is said
         yield server
     finally:
         if ours is not None:

@@ -3,6 +3,7 @@
 from deploy.record import Outcome, last_outcome
 from features.ingest import Snapshot, ingest
 from pipelines.clock import parse_time
+from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of
 from pipelines.run import Run, finished, result_spec, unfinished
@@ -17,7 +18,10 @@ def nothing_new(home: Home, spec: Spec, as_of: str | None) -> Outcome | None:
     inputs = done[-1]["inputs"]
     if inputs["spec_digest"] != digest_of(result_spec(spec)) or inputs["code"] != code_digest("flows"):
         return None
-    snapshot = ingest(spec, home)
+    try:
+        snapshot = ingest(spec, home)
+    except Refused:
+        return None  # the flow refuses it too, and that is seen in the UI
     at = parse_time(as_of) if as_of else snapshot.watermark_us
     if (snapshot.digest, at) != (inputs["snapshot"], inputs["as_of_us"]):
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from deploy.process import Service, last_words, port_is_free, remember, running, start, stop
+from deploy.process import Service, free_port, port_is_free, reason, remember, running, start, stop
 from deploy.rollout import bento_folder, champion
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
@@ -34,6 +34,8 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     offset = spec.clock.offset if spec.clock else 0
     now = running(home, spec.pipeline)
     wanted = port if port is not None else spec.serve.port
+    if wanted == 0:  # any
+        wanted = now.port if now is not None and background else free_port()
     if now is not None:
         if background and now.release == release.release and now.port == wanted and now.offset_us == offset:
             return now
@@ -124,7 +126,8 @@ def wait_for_server(server: Service, *, wait_s: float = 120) -> None:
         except OSError:
             time.sleep(0.1)
     stop(server)
-    raise MillraceError(f"the Prefect server did not start: {last_words(Path(server.log))}")
+    log = Path(server.log)
+    raise MillraceError(f"the Prefect server on port {server.port} does not answer: {reason(log)} (log: {log})")
 
 
 def _start_worker(home: Home, api: str) -> str:

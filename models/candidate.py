@@ -10,14 +10,14 @@ import numpy as np
 
 from features.trainset import TrainingSet, load_training_set
 from models.arrays import epoch_shape, write_arrays
-from models.elastic import finish, submit
+from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
 from models.job import Job, Outcome, Progress
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
-from pipelines.manifest import Note, read_json, write_json, write_page
+from pipelines.manifest import Note, code_digest, digest_of, file_digest, read_json, write_json, write_page
 from pipelines.spec import Spec
 
 FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx"}
@@ -31,7 +31,10 @@ def train_candidates(
     `work` holds checkpoints, from which an interrupted training resumes. Raises UsageError where the rows cannot be
     cut for the ranks, and MillraceError where the network diverges or its ranks die too often.
     """
+    start_zygote()  # it imports while the rows are read
     data = load_training_set(data_folder)
+    # a run that is taken up with other code, or rows made by other code, does not resume from what those left
+    work /= digest_of([code_digest("models"), file_digest(data_folder / "frame.parquet")])[:16]
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Zygote:
         )  # fmt: skip
         self.waiting: dict[int, Future[dict[str, Any]]] = {}
         self.lock = threading.Lock()
-        self.count = 0
+        self.count, self.gone = 0, False
         threading.Thread(target=self._listen, daemon=True, name="zygote").start()
         atexit.register(self.close)
 
@@ -54,39 +55,42 @@ class Zygote:
         """Starts a job; its future holds what the zygote says in the end."""
         future: Future[dict[str, Any]] = Future()
         with self.lock:
+            if self.gone:
+                future.set_exception(_died())
+                return future
             self.count += 1
             self.waiting[self.count] = future
             line = {"id": self.count, "folder": str(folder), "ranks": ranks, "max_restarts": max_restarts,
                     "stale_s": stale_s}  # fmt: skip
             assert self.process.stdin is not None
-            try:
+            with suppress(OSError):  # it is dead: the listener tells all who wait
                 self.process.stdin.write(json.dumps(line) + "\n")
                 self.process.stdin.flush()
-            except OSError:
-                future.set_exception(MillraceError("the training supervisor died; run again, it resumes"))
         return future
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             answer = json.loads(line)
-            self.waiting.pop(answer["id"]).set_result(answer)
-        for future in self.waiting.values():
-            if not future.done():
-                future.set_exception(MillraceError("the training supervisor died; run again, it resumes"))
+            with self.lock:
+                future = self.waiting.pop(answer["id"])
+            future.set_result(answer)
+        with self.lock:
+            self.gone, left, self.waiting = True, self.waiting, {}
+        for future in left.values():
+            future.set_exception(_died())
 
     def close(self) -> None:
-        """Ends the zygote and its ranks."""
-        if self.process.poll() is None:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-            try:
-                self.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        """Ends the zygote, and its ranks with it."""
+        self.process.kill()
+        self.process.wait()
 
     def alive(self) -> bool:
         return self.process.poll() is None
+
+
+def _died() -> MillraceError:
+    return MillraceError("the training supervisor died; run again, it resumes")
 
 
 _shared: list[Zygote] = []
@@ -144,6 +148,7 @@ class _Group:
     began: float
     allowed: int = 0  # reasons that the folder may hold: earlier launches' and max_restarts more
     generation: int = 0
+    culprit: int = 0  # rank that was lost last
     pids: dict[int, int] = field(default_factory=dict)  # pid → rank
     reasons: list[str] = field(default_factory=list)
 
@@ -164,18 +169,22 @@ class _Group:
 
     def poll(self) -> str | None:
         """Why the group must be restarted, None while all is well."""
+        codes = {}
         for pid, rank in list(self.pids.items()):
             gone, status = os.waitpid(pid, os.WNOHANG)
             if gone:
                 del self.pids[pid]
-                if status:
-                    code = os.waitstatus_to_exitcode(status)
-                    return f"rank {rank} died of signal {-code}" if code < 0 else f"rank {rank} failed"
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            self.culprit = min(codes, key=lambda rank: codes[rank])  # a killed one, not the peers that it took along
+            code = codes[self.culprit]
+            return f"rank {self.culprit} died of signal {-code}" if code < 0 else f"rank {self.culprit} failed"
         for rank in self.pids.values():
             heart = self.folder / f"heartbeat-{rank}"
             # heartbeats are file times; only their change is used, never their value
             seen = _age(heart) if heart.exists() else time.monotonic() - self.born
             if seen > self.stale_s:
+                self.culprit = rank
                 return f"rank {rank} made no progress for {self.stale_s:g} s"
         return None
 
@@ -230,12 +239,10 @@ def _restarts(folder: Path) -> list[str]:
     return list(read_json(path)["reasons"]) if path.is_file() else []
 
 
-def _last_words(folder: Path) -> str:
-    for log in sorted(folder.glob("rank-*.log")):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if lines:
-            return lines[-1][:500]
-    return "no output"
+def _last_words(log: Path) -> str:
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no output"
 
 
 def serve() -> None:
@@ -258,6 +265,7 @@ def serve() -> None:
             for line in lines:
                 told = json.loads(line)
                 folder, began = Path(told.pop("folder")), time.monotonic()
+                groups = [group for group in groups if not _superseded(group, folder, out)]
                 group = _Group(folder=folder, began=began, reasons=_restarts(folder), **told)
                 group.allowed = len(group.reasons) + group.max_restarts
                 group.start()
@@ -279,11 +287,23 @@ def _step(group: _Group, out: int) -> bool:
             group.start()
             return False
     ok = why is None and (group.folder / "result.json").is_file()
-    error = "" if ok else f"{why or 'no result'}: {_last_words(group.folder)}"
-    answer = {"id": group.id, "ok": ok, "restarts": group.reasons[: group.allowed], "error": error,
+    _answer(group, out, "" if ok else f"{why or 'no result'}: {_last_words(group.folder / f'rank-{group.culprit}.log')}")
+    return True
+
+
+def _superseded(group: _Group, folder: Path, out: int) -> bool:
+    """Ends the group if a new one is to work in its folder: a stage that failed beside it is tried again."""
+    if group.folder != folder:
+        return False
+    group.kill()
+    _answer(group, out, "the job was started again")
+    return True
+
+
+def _answer(group: _Group, out: int, error: str) -> None:
+    answer = {"id": group.id, "ok": not error, "restarts": group.reasons[: group.allowed], "error": error,
               "seconds": time.monotonic() - group.began}  # fmt: skip
     os.write(out, (json.dumps(answer) + "\n").encode())
-    return True
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Trial:
 
 def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path, *, progress: Progress | None = None) -> Note:
     """The stage: searches the network's space and LightGBM's; writes `best.json`, `trials.json` and a page."""
+    if spec.tune.space:
+        start_zygote()  # it imports while the rows are read
     data = load_training_set(data_folder)
     found = {"network": tune_network(spec, data, study / "network", progress)} if spec.tune.space else {}
     if spec.tune.gbdt_space:

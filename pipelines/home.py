@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import MillraceError
-from pipelines.manifest import FORMAT_VERSION, ROOT, read_json, write_json
+from pipelines.manifest import ROOT, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ def open_home(path: Path | None = None) -> Home:
         root.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
             write_json(marker, {"what": "Millrace home"})
-        elif read_json(marker)["format_version"] != FORMAT_VERSION:
-            raise AssertionError
+        else:
+            read_json(marker)
         probe = root / f".probe-{os.getpid()}"
-        probe.write_bytes(b"millrace")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"millrace")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise MillraceError(
             f"home {root}: cannot be written ({error.strerror}); free space or rights there, "

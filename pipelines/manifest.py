@@ -98,8 +98,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MillraceError(f"{path}: not found; run `millrace run PIPELINE` to make it again") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # UTF-8 or JSON
         raise MillraceError(f"{path}: not JSON ({error}); delete it and run again") from None
+    if not isinstance(value, dict):
+        raise MillraceError(f"{path}: expected a JSON object, found {type(value).__name__}; delete it and run again")
     found = value.get("format_version")
     if found != FORMAT_VERSION:
         raise MillraceError(

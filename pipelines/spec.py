@@ -5,7 +5,7 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -610,15 +610,24 @@ def pipeline_names() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.yaml"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a file over that in the one that it extends; `above`: the files that extend this one."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path.name}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path.name}: expected a mapping of fields, found {type(data).__name__}")
     base = data.pop("extends", None)
-    return _merge(_read_yaml(path.parent / base), data) if base else data
+    if base is None:
+        return data
+    other = path.parent / str(base)
+    if not other.is_file():
+        known = sorted(p.name for p in path.parent.glob("*.yaml"))
+        raise UsageError(f"{path.name}: extends: {base!r} is not beside it{nearest(str(base), known)}")
+    if other in (*above, path):
+        raise UsageError(f"{path.name}: extends: {base!r} extends this file in turn; one of them must stand alone")
+    return _merge(_read_yaml(other, (*above, path)), data)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -633,7 +642,10 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
     path, eq, text = item.partition("=")
     if not eq or not path:
         raise UsageError(f"--set {item!r}: write key=value, such as train.max_epochs=2")
-    over: Any = yaml.safe_load(text)
+    try:
+        over: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {item!r}: the value is not YAML: {' '.join(str(error).split())}") from None
     for name in reversed(path.strip().split(".")):
         over = {name: over}
     return _merge(data, over)
@@ -683,6 +695,9 @@ def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
 def json_schema() -> dict[str, Any]:
     """JSON schema of the YAML file, for editors."""
     schema = Spec.model_json_schema(by_alias=True)
-    schema["required"] = [name for name in schema["required"] if name != "pipeline"]
+    needed = [name for name in schema.pop("required") if name != "pipeline"]  # the file's name
+    schema["anyOf"] = [{"required": ["extends"]}, {"required": needed}]
     schema["properties"]["extends"] = {"type": "string", "description": "YAML file that this one changes"}
+    columns = schema["$defs"]["Source"]["properties"]["columns"]
+    columns["additionalProperties"] = {"anyOf": [{"enum": [*get_args(ColumnType)]}, columns["additionalProperties"]]}
     return schema

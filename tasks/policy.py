@@ -5,8 +5,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +18,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.record import Outcome, write_refusal
 from pipelines.clock import wall_us
@@ -113,6 +115,17 @@ def opened(run: Run) -> tuple[Home, Spec]:
     """The home and the run's own spec."""
     home = open_home()
     return home, run.spec(home)
+
+
+@contextmanager
+def bar(name: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on the terminal while the stage works; nothing where there is no terminal."""
+    with Progress(
+        TextColumn(f"  {name:<13}"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    ) as progress:  # fmt: skip
+        shown = progress.add_task("", total=1.0)
+        yield lambda share, words: progress.update(shown, completed=share, description=words)
 
 
 def _verified(name: str, key: str) -> str:

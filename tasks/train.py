@@ -3,7 +3,7 @@
 from models.candidate import train_candidates
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
-from tasks.policy import opened, stage, stage_key
+from tasks.policy import bar, opened, stage, stage_key
 
 
 def _key(run: Run, data: Artifact, study: Artifact) -> str:
@@ -15,7 +15,10 @@ def train(run: Run, data: Artifact, study: Artifact) -> Artifact:
     """Every candidate, calibrated, and which of them is chosen. Resumes from the newest checkpoint."""
     home, spec = opened(run)
     job = run.folder(home) / "checkpoints"
-    return make_artifact(
-        home.root, "train", _key(run, data, study),
-        lambda out: train_candidates(spec, home.root / data.path, home.root / study.path, job, out),
-    )  # fmt: skip
+    with bar("train") as progress:
+        return make_artifact(
+            home.root, "train", _key(run, data, study),
+            lambda out: train_candidates(
+                spec, home.root / data.path, home.root / study.path, job, out, progress=progress
+            ),
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 from models.tune import tune_into
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
-from tasks.policy import opened, stage, stage_key
+from tasks.policy import bar, opened, stage, stage_key
 
 
 def _key(run: Run, data: Artifact) -> str:
@@ -15,6 +15,8 @@ def tune(run: Run, data: Artifact) -> Artifact:
     """The best parameters and every trial. A killed search goes on where it was."""
     home, spec = opened(run)
     study = home.root / "studies" / run.pipeline / _key(run, data)
-    return make_artifact(
-        home.root, "tune", _key(run, data), lambda out: tune_into(spec, home.root / data.path, study, out)
-    )
+    with bar("tune") as progress:
+        return make_artifact(
+            home.root, "tune", _key(run, data),
+            lambda out: tune_into(spec, home.root / data.path, study, out, progress=progress),
+        )  # fmt: skip

@@ -1,15 +1,63 @@
-"""What several test files share."""
+"""Every test runs in UTC and in a home of its own; a released and served pipeline is made once for all."""
 
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.flights import write_sample
+from pipelines.home import Home
+from tests.command import QUICK, millrace
+
+_made: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing of the caller's: no home, no Prefect server."""
+    for name in [n for n in os.environ if n.startswith(("MILLRACE_", "PREFECT_"))]:
+        del os.environ[name]
+    _made.append(tempfile.mkdtemp(prefix="millrace-tests-"))
+    os.environ |= {"TZ": "UTC", "MILLRACE_HOME": f"{_made[0]}/home", "PYTHONSAFEPATH": "1"}
+    time.tzset()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for folder in _made:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def flights_landing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample of real flights, landed once. Copy it into a home; leave it as it is."""
-    landing = tmp_path_factory.mktemp("sample") / "flights"
-    write_sample(landing)
-    return landing
+def tumours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, Any]]:
+    """A home with one release of the tumours pipeline, and what the run answered. Read only: copy it to change it."""
+    home = tmp_path_factory.mktemp("tumours")
+    assert millrace(home, "sample", "tumours").code == 0
+    done = millrace(home, "run", "tumours", "--json", sets=QUICK)
+    assert done.code == 0, done.err
+    return Home(home), done.answer
+
+
+@pytest.fixture(scope="session")
+def tumours_home(tumours: tuple[Home, dict[str, Any]]) -> Home:
+    """The home of `tumours`."""
+    return tumours[0]
+
+
+@pytest.fixture
+def copied_home(tumours_home: Home, tmp_path: Path) -> Home:
+    """A copy of the released home, to be changed; what still runs there in the end is stopped."""
+    home = tmp_path / "copied"
+    shutil.copytree(tumours_home.root, home, ignore=shutil.ignore_patterns("services"))
+    return Home(home)
+
+
+@pytest.fixture(scope="session")
+def tumours_url(tumours_home: Home) -> Iterator[str]:
+    """The address of the tumours endpoint, served by the command line."""
+    done = millrace(tumours_home.root, "serve", "tumours", "--background", "--port", "0", "--json")
+    assert done.code == 0, done.err
+    yield done.answer["url"]
+    millrace(tumours_home.root, "down", "tumours")
