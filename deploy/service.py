@@ -163,10 +163,10 @@ class Endpoint:
         closed = np.flatnonzero(served.looked.closed_at <= served.now)
         if len(closed):
             keys = [self._key(rows[i]) for i in closed[:5].tolist()]
-            raise BadRequest(409, "too late to ask: " + "; ".join(
+            raise BadRequest(409, "already_closed: " + "; ".join(
                 f"{as_json(k)} was closed at {iso(int(served.looked.closed_at[i]))}"
                 for k, i in zip(keys, closed[:5].tolist(), strict=True)
-            ), error="already_closed", rows=closed.tolist())  # fmt: skip
+            ), code="already_closed", rows=closed.tolist())  # fmt: skip
 
     def _refuse_conflicts(self, rows: list[dict[str, Any]], served: Served) -> None:
         for i, row in enumerate(rows):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
 
@@ -28,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     for folder in _made:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def flights_landing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample of real flights, landed once. Copy it into a home; leave it as it is."""
+    landing = tmp_path_factory.mktemp("sample") / "flights"
+    write_sample(landing)
+    return landing
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, step: str, monkeypatch: py
             write_json(path, {"release": "b"})
     else:
         with open("/dev/full", "wb", buffering=0) as full:
-            monkeypatch.setattr(os, "fdopen", lambda fd, mode: open(os.dup2(full.fileno(), fd), mode))
+            monkeypatch.setattr(os, "fdopen", lambda fd, mode: open(os.dup2(full.fileno(), fd), mode))  # noqa: SIM115
             with pytest.raises(OSError, match="No space left on device"):
                 write_atomic(path, b"x" * 100_000)
     assert there(tmp_path) == before
