@@ -243,12 +243,11 @@ def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Req
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """A wrong path or method, as a sentence too."""
+    """A wrong method, as a sentence too."""
     assert isinstance(error, HTTPException)
-    known = {"/predict": "POST", "/predict_features": "POST", "/info": "GET"}
-    wanted = known.get(request.url.path)
-    hint = f"send {wanted} {request.url.path}" if wanted else "known: " + ", ".join(f"{m} {p}" for p, m in known.items())
-    return _refusal(error.status_code, f"{request.method} is not answered here; {hint}", headers=error.headers)
+    wanted = (error.headers or {}).get("allow", "POST").replace("HEAD, ", "").replace(", HEAD", "")
+    message = f"{request.method} is not answered here; send {wanted} {request.url.path}"
+    return _refusal(error.status_code, message, headers=error.headers)
 
 
 def _refusal(status: int, message: str, *, headers: Mapping[str, str] | None = None, **details: Any) -> Response:
