@@ -185,7 +185,8 @@ def _join(
     else:
         columns = pq.read_table(path)
         found = _newest_known(columns, view, source, key, asked, t)
-    take = pa.array(np.maximum(found, 0), mask=found < 0)
+    none = found < 0
+    take = pa.array(np.maximum(found, 0), mask=none) if none.any() else pa.array(found)
     if not columns.num_rows:
         return [pa.chunked_array([pa.nulls(rows.num_rows, columns[back.get(f, f)].type)]) for f in features]
     return [columns[back.get(f, f)].take(take) for f in features]

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 
+from features.keys import filled, one_chunk
 from features.windows import Columns, derive, feature_names, floats, int_times
 from pipelines.clock import MISSING
 from pipelines.errors import UsageError
@@ -59,7 +60,9 @@ def own_columns(spec: Spec, table: pa.Table) -> Columns:
 def as_array(column: pa.Array | pa.ChunkedArray, declared: str) -> np.ndarray:
     """A column as the frame holds it: objects, int64 µs or float64."""
     if declared == "string":
-        return np.array(column.to_pylist(), dtype=object)
+        texts = one_chunk(column).dictionary_encode()
+        words = np.array([*texts.dictionary.to_pylist(), None], dtype=object)
+        return words[filled(texts.indices, len(words) - 1)]
     return int_times(column) if declared == "timestamp" else floats(column)
 
 

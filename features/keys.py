@@ -42,19 +42,24 @@ def one_chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
+def filled(array: pa.Array, missing: object) -> np.ndarray:
+    """Values with `missing` for null; not copied where there is none."""
+    return (array.fill_null(missing) if array.null_count else array).to_numpy(zero_copy_only=False)
+
+
 def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """The distinct non-null keys in order, and the position of each key among them (int64, −1 where null)."""
     encoded = keys.dictionary_encode()
     order = pc.sort_indices(encoded.dictionary)
     rank = np.full(len(order) + 1, -1)
     rank[order.to_numpy()] = np.arange(len(order))
-    return encoded.dictionary.take(order), rank[encoded.indices.fill_null(len(order)).to_numpy()]
+    return encoded.dictionary.take(order), rank[filled(encoded.indices, len(order))]
 
 
 def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
     """Position of each key in `known` (int64), −1 where it is null or not there."""
     found = pc.index_in(keys, value_set=known, skip_nulls=True)
-    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return filled(found, -1).astype(np.int64)
 
 
 def key_runs(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
-from features.keys import key_arrays, text_keys
+from features.keys import filled, key_arrays, one_chunk, text_keys
 from features.online import RECENT
 from features.windows import (
     KEY,
@@ -241,7 +241,7 @@ def _raw_through_feast(
     entity = rows.select(sorted(needed)).append_column("event_timestamp", pa.array(t).cast(pa.timestamp("us", "UTC")))
     store = open_feast(home, features)
     job = store.get_historical_features(
-        entity_df=entity.to_pandas(integer_object_nulls=True), full_feature_names=True,
+        entity_df=entity.to_pandas(integer_object_nulls=True, strings_to_categorical=True), full_feature_names=True,
         features=store.get_feature_service(spec.pipeline),
     )
     joined = job.to_arrow()
@@ -253,8 +253,7 @@ def _raw_through_feast(
         columns = {}
         for name in stored.integers:
             none = MISSING if name in ("_event", "_order") else 0
-            column = found.pop(f"{stored.name}__{name}").combine_chunks().cast(pa.int64())
-            columns[name] = column.fill_null(none).to_numpy(zero_copy_only=False)
+            columns[name] = filled(one_chunk(found.pop(f"{stored.name}__{name}")).cast(pa.int64()), none)
         for name, kind in stored.values:
             columns[name] = as_array(found.pop(f"{stored.name}__{name}"), kind)
         raw[stored.view][stored.name] = columns

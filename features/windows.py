@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.ingest import KNOWN
-from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
+from features.keys import codes_of, filled, grouped, key_arrays, one_chunk, text_keys
 from pipelines.clock import MISSING, NEVER, duration_text
 from pipelines.errors import MillraceError
 from pipelines.spec import Condition, Latest, Open, Source, Spec, View, Window
@@ -61,15 +61,14 @@ class Versions:
 
 def int_times(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """µs of a timestamp column, MISSING where null."""
-    array = one_chunk(column).cast(pa.timestamp("us", "UTC")).cast(pa.int64())
-    return array.fill_null(MISSING).to_numpy(zero_copy_only=False)
+    return filled(one_chunk(column).cast(pa.timestamp("us", "UTC")).cast(pa.int64()), MISSING)
 
 
 def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """float64 values of a number or bool column, NaN where null."""
     array = one_chunk(column)
     array = array.cast(pa.int64()) if pa.types.is_boolean(array.type) else array
-    return array.cast(pa.float64()).fill_null(float("nan")).to_numpy(zero_copy_only=False)
+    return filled(array.cast(pa.float64()), float("nan"))
 
 
 def versions(table: pa.Table, source: Source) -> Versions:

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from pipelines.errors import MillraceError, Refused
+from pipelines.clock import parse_time
+from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home, open_home, process_env
 from pipelines.manifest import canonical_json
 from pipelines.run import run_lock
@@ -71,6 +72,16 @@ def _verb(function: Callable[..., Answer | None]) -> click.Command:
     return command
 
 
+def _time(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """The text of an option, after a look whether it is a time."""
+    try:
+        if text is not None:
+            parse_time(text)
+    except ValueError as error:
+        raise UsageError(f"{option.opts[0]}: {error}") from None
+    return text
+
+
 _pipeline = click.argument("pipeline")
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Changes a field of the spec.")
 
@@ -84,7 +95,7 @@ def _prepared(home: Home) -> None:
 
 @_verb
 @_pipeline
-@click.option("--until", help="Land what is known up to this time; default: the sample's own end.")
+@click.option("--until", callback=_time, help="Land what is known up to this time; default: the sample's own end.")
 @click.option("--daily", is_flag=True, help="One file per day instead of per month.")
 @_set
 def sample(pipeline: str, until: str | None, daily: bool, overrides: tuple[str, ...]) -> Answer:
@@ -112,7 +123,7 @@ def check(pipeline: str, overrides: tuple[str, ...]) -> Answer:
 
 @_verb
 @_pipeline
-@click.option("--as-of", help="Pretend that it is this time; default: the newest known-at.")
+@click.option("--as-of", callback=_time, help="Pretend that it is this time; default: the newest known-at.")
 @_set
 def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     """Runs the whole pipeline: from what landed to a verdict and a release."""

@@ -280,6 +280,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 # --- the Prefect server ---
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_does_not_start(tmp_path: Path) -> None:
     home = open_home(tmp_path / "home")
     assert millrace(home.root, "sample", "tumours").code == 0

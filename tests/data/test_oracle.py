@@ -58,7 +58,7 @@ def test_the_code_agrees_with_the_oracle(block: int, folder: Path) -> None:
         served = serve_world(world, folder / str(seed))
         found = frame_differences(world.spec, features_at(served, asked), world.expected(asked), "row")
         found += row_differences(world)
-        found += served_differences(world, served_from_now_on(world, folder / str(seed)) if seed % 2 else served)
+        found += served_differences(world, served if seed % 3 else served_from_now_on(world, folder / str(seed)))
         differences += [f"seed {seed}: {text}" for text in found]
         shutil.rmtree(folder / str(seed))
     assert rows >= 2 * SIZE
