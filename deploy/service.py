@@ -245,7 +245,8 @@ def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Req
 async def _http_error(request: Request, error: Exception) -> Response:
     """A wrong method, as a sentence too."""
     assert isinstance(error, HTTPException)
-    wanted = (error.headers or {}).get("allow", "POST").replace("HEAD, ", "").replace(", HEAD", "")
+    allowed = {word.strip() for name, value in (error.headers or {}).items() if name.lower() == "allow" for word in value.split(",")}
+    wanted = " or ".join(sorted(allowed - {"HEAD"}))
     message = f"{request.method} is not answered here; send {wanted} {request.url.path}"
     return _refusal(error.status_code, message, headers=error.headers)
 

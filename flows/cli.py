@@ -35,8 +35,7 @@ class _Verbs(click.Group):
         except click.Abort:
             sys.exit(1)
         except MillraceError as error:
-            word = "refused" if isinstance(error, Refused) else "error"
-            print(f"{word}: {error}", file=sys.stderr)
+            print(f"{_word(error)}: {error}", file=sys.stderr)
             if isinstance(error, Refused) and error.report:
                 print(f"report: {open_home().root / error.report}", file=sys.stderr)
             sys.exit(error.exit_code)
@@ -45,6 +44,10 @@ class _Verbs(click.Group):
                 raise
             print(f"error: {error}; free space or rights there, and try again", file=sys.stderr)
             sys.exit(1)
+
+
+def _word(error: MillraceError) -> str:
+    return "refused" if isinstance(error, Refused) else "error"
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +59,12 @@ def _verb(function: Callable[..., Answer | None]) -> click.Command:
     """A verb with `--json` and `--set`: prints its answer for a person, or as one JSON object."""
 
     def run(as_json: bool, **kwargs: Any) -> None:
-        answer = function(**kwargs)
+        try:
+            answer = function(**kwargs)
+        except MillraceError as error:
+            if as_json:
+                print(canonical_json({"outcome": _word(error), "error": str(error), "report": getattr(error, "report", "")}))
+            raise
         if answer is None:
             return
         code = int(answer.pop("exit_code", 0))

@@ -102,6 +102,6 @@ def recorded(home: Home) -> Iterator[Service]:
 def quiet() -> None:
     """Silences library chatter; ours goes to stderr line by line."""
     warnings.filterwarnings("ignore")
-    for name in ("prefect", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna", "py.warnings"):
+    for name in ("prefect", "prefect._internal.concurrency", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna", "py.warnings"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)

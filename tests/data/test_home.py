@@ -321,7 +321,7 @@ def test_a_port_of_the_prefect_ui_that_is_taken(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_prefect_server_that_dies_during_a_run(copied_home: Home) -> None:
     """It is said within two minutes, and the next run takes up the same run and ends it."""
-    sets = (*QUICK, "seed=8")
+    sets = (*QUICK, "seed=8", "gate.min_rows=20")  # another seed splits otherwise: few test rows are new to both
     words = command("run", "tumours", "--json", sets=sets)
     process = subprocess.Popen(words, env=environment(copied_home.root), cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -333,8 +333,8 @@ def test_a_prefect_server_that_dies_during_a_run(copied_home: Home) -> None:
     assert lines and process.poll() is None
     psutil.Process(read_json(copied_home.services("prefect-server") / "endpoint.json")["pid"]).kill()
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 1 and not out and "Traceback" not in err, err
-    assert "error: the Prefect server on port " in err and " ended while the run was going on (log: " in err
+    assert process.returncode == 1 and "Traceback" not in err and len(err.splitlines()) < 12, err
+    assert json.loads(out)["outcome"] == "error" and "error: the Prefect server on port " in err and " ended while the run was going on (log: " in err
     assert "`millrace run tumours` starts it anew and goes on where this run stopped" in err
     again = millrace(copied_home.root, "run", "tumours", "--json", sets=sets)
     assert again.code in (0, 3), again.err

@@ -21,7 +21,7 @@ from models.elastic import Zygote, launch, start_zygote, submit
 from models.evaluate import evaluate
 from models.tune import tune_into
 from pipelines.errors import MillraceError
-from pipelines.manifest import file_digest, read_json, write_json
+from pipelines.manifest import ROOT, file_digest, read_json, write_json
 from pipelines.spec import Gate
 from tests.model.small import small_spec, write_small
 from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
@@ -147,7 +147,7 @@ def test_a_tuning_process_killed_twice_ends_in_the_same_trials(folder: Path, tmp
     study = tmp_path / "hit" / "network"
     for trials in (1, 5):  # in the first generation, and in the second
         command = [sys.executable, "-c", TUNE, str(folder), str(tmp_path / "hit"), str(tmp_path / "hit-out"), *SEARCH]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         until(lambda wanted=trials: len(list(study.glob("trial-*.json"))) >= wanted)  # type: ignore[misc]
         process.kill()
         assert process.wait() == -signal.SIGKILL
