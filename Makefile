@@ -17,7 +17,7 @@ setup: .venv/.ready  ## virtual environment with the locked dependencies
 	@echo "installing the locked dependencies"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@./deploy/install_torch.sh $(BIN)/python
-	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements.lock
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --no-deps -r requirements.lock
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 

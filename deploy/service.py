@@ -245,8 +245,8 @@ def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Req
 async def _http_error(request: Request, error: Exception) -> Response:
     """A wrong method, as a sentence too."""
     assert isinstance(error, HTTPException)
-    allowed = {word.strip() for name, value in (error.headers or {}).items() if name.lower() == "allow" for word in value.split(",")}
-    wanted = " or ".join(sorted(allowed - {"HEAD"}))
+    allowed = {name.lower(): value for name, value in (error.headers or {}).items()}.get("allow", "")
+    wanted = " or ".join(sorted(set(allowed.split(", ")) - {"HEAD"}))
     message = f"{request.method} is not answered here; send {wanted} {request.url.path}"
     return _refusal(error.status_code, message, headers=error.headers)
 

@@ -41,7 +41,7 @@ from pipelines.manifest import code_digest, digest_of, file_digest, read_json, w
 from pipelines.spec import Sequence, Spec, TimeSplit
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from features.quick_feast import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,11 @@ def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) 
 
 def apply_feast(spec: Spec, folder: Path) -> None:
     """Writes the Feast repository of the views in `folder`: entities, feature views and one feature service."""
-    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
-    from feast.types import Bool, Float64, Int64, String, UnixTimestamp
+    from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+    from features.quick_feast import types as feast
 
-    types = {"string": String, "int64": Int64, "float64": Float64, "bool": Bool, "timestamp": UnixTimestamp}
+    types = {"string": feast.String, "int64": feast.Int64, "float64": feast.Float64, "bool": feast.Bool,
+             "timestamp": feast.UnixTimestamp}  # fmt: skip
     values = {"string": ValueType.STRING, "int64": ValueType.INT64, "bool": ValueType.BOOL,
               "timestamp": ValueType.UNIX_TIMESTAMP}  # fmt: skip
     (folder / "feature_store.yaml").write_text(
@@ -198,7 +199,7 @@ def apply_feast(spec: Spec, folder: Path) -> None:
         if isinstance(shape, Sequence):
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
-        fields += [Field(name=c, dtype=Int64) for c in stored.integers]
+        fields += [Field(name=c, dtype=feast.Int64) for c in stored.integers]
         fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values]
         views.append(
             FeatureView(
@@ -214,7 +215,7 @@ def apply_feast(spec: Spec, folder: Path) -> None:
 
 def open_feast(home: Home, features: FeatureSet) -> "FeatureStore":
     """The Feast store of a feature set."""
-    from feast import FeatureStore
+    from features.quick_feast import FeatureStore
 
     return FeatureStore(repo_path=str(home.root / features.path))
 

@@ -18,7 +18,7 @@ from pipelines.home import Home, free_mb
 from pipelines.manifest import write_atomic
 
 LEAST_MB = 100
-HEAVY = ("feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
+HEAVY = ("features.quick_feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
 
 
 def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str]) -> Outcome:
@@ -102,6 +102,9 @@ def recorded(home: Home) -> Iterator[Service]:
 def quiet() -> None:
     """Silences library chatter; ours goes to stderr line by line."""
     warnings.filterwarnings("ignore")
-    for name in ("prefect", "prefect._internal.concurrency", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna", "py.warnings"):
+    for name in (
+        "prefect", "prefect._internal.concurrency", "httpx", "great_expectations", "feast", "pytorch_lightning", "optuna",
+        "py.warnings",
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.ERROR)
