@@ -22,6 +22,7 @@ from models.arrays import write_arrays
 from models.elastic import launch, start_zygote
 from models.gbdt import default_threads, fit_gbdt
 from models.job import Job, Progress
+from pipelines.home import give_back_memory
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Range, Spec, Train
 
@@ -44,10 +45,9 @@ def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path, *, progress
     """The stage: searches the network's space and LightGBM's; writes `best.json`, `trials.json` and a page."""
     if spec.tune.space:
         start_zygote()  # it imports while the rows are read
-    data = load_training_set(data_folder)
-    found = {"network": tune_network(spec, data, study / "network", progress)} if spec.tune.space else {}
+    found = {"network": tune_network(spec, data_folder, study / "network", progress)} if spec.tune.space else {}
     if spec.tune.gbdt_space:
-        found["gbdt_tuned"] = tune_gbdt(spec, data, study / "gbdt_tuned", progress)
+        found["gbdt_tuned"] = tune_gbdt(spec, load_training_set(data_folder), study / "gbdt_tuned", progress)
     bests = {kind: best(trials) for kind, trials in found.items()}
     write_json(out / "best.json", {k: {"slot": b.slot, "params": b.params} for k, b in bests.items()})
     write_json(out / "trials.json", {"trials": [
@@ -74,9 +74,10 @@ def best(trials: list[Trial]) -> Trial:
     return min(usable, key=lambda t: (t.log_loss if t.log_loss is not None else float("inf"), t.slot))
 
 
-def tune_network(spec: Spec, data: TrainingSet, study: Path, progress: Progress | None = None) -> list[Trial]:
+def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
-    arrays, zygote = write_arrays(data, study / "arrays"), start_zygote()
+    arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays"), start_zygote()
+    give_back_memory()  # only the ranks need the rows from here on
 
     def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
         folder = study / f"slot-{slot:04d}"

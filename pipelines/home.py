@@ -1,5 +1,6 @@
 """Where files live: every path below $MILLRACE_HOME, and the environment of every process."""
 
+import ctypes
 import os
 import shutil
 import sys
@@ -80,6 +81,16 @@ def open_home(path: Path | None = None) -> Home:
 def free_mb(home: Home) -> int:
     """Free disk at the home, MB."""
     return shutil.disk_usage(home.root).free // 1_000_000
+
+
+def give_back_memory() -> None:
+    """Hands freed memory back to the system: processes that start later need it."""
+    import pyarrow as pa  # not where only a path is asked for
+
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def process_env(home: Home) -> dict[str, str]:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from deploy.record import Outcome, write_refusal
 from pipelines.clock import wall_us
 from pipelines.errors import Refused, UsageError
-from pipelines.home import Home, open_home
+from pipelines.home import Home, give_back_memory, open_home
 from pipelines.manifest import Artifact, code_digest, digest_of, find_artifact, library_versions
 from pipelines.run import Run, run_lock, unfinished
 from pipelines.spec import Spec, load_spec
@@ -51,6 +51,7 @@ def stage(
             result = body(*args, **kwargs)
             _record(name, args, result, time.monotonic() - began, _cpu_s() - before)
             _page(name, result)
+            give_back_memory()
             return result
 
         def cache_key(context: TaskRunContext, arguments: dict[str, Any]) -> str | None:
