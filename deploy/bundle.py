@@ -25,12 +25,11 @@ from pipelines.manifest import (
 from pipelines.spec import Spec
 
 SOURCES = (
-    "pipelines/__init__.py", "pipelines/clock.py", "pipelines/errors.py", "pipelines/home.py",
-    "pipelines/manifest.py", "pipelines/predlog.py", "pipelines/spec.py", "features/__init__.py", "features/frame.py",
-    "features/ingest.py", "features/keys.py", "features/online.py", "features/preprocess.py", "features/windows.py",
-    "models/__init__.py", "models/calibrate.py", "models/score.py", "deploy/__init__.py", "deploy/answer.py", "deploy/imports.py",
-    "deploy/predictions.py", "deploy/requests.py", "deploy/service.py",
-)  # fmt: skip
+    *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec")),
+    *(f"features/{n}.py" for n in ("__init__", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
+    *(f"models/{n}.py" for n in ("__init__", "calibrate", "score")),
+    *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),
+)
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 
 

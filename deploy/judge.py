@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deploy.rollout import Release, bento_spec, find_release
+from features.facts import Columns
 from features.ingest import read_snapshot
 from features.rows import PARTS, hash_parts
 from features.store import build_features, historical_features
 from features.trainset import TrainingSet, load_training_set
-from features.windows import Columns
 from models.evaluate import CHALLENGER, CHAMPION, METRICS, PRIOR, Evaluation, Interval, evaluate
 from models.gate import Verdict, decide
 from models.score import Model

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from deploy.bundle import Bento, load_bento
 from deploy.process import Service, call, free_port, start, stop
+from features.facts import Columns, int_times
 from features.frame import as_array
 from features.ingest import Snapshot, read_snapshot
 from features.online import feed
 from features.store import FeatureSet, historical_features
 from features.trainset import TrainingSet, load_training_set
-from features.windows import Columns, int_times
 from models.score import Model
 from pipelines.clock import Anchor, iso
 from pipelines.errors import MillraceError

@@ -30,10 +30,10 @@ from starlette.routing import Route  # noqa: E402
 
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
+from features.facts import Columns  # noqa: E402
 from features.frame import feature_list, is_missing, resolve  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
 from features.preprocess import Preprocess  # noqa: E402
-from features.windows import Columns  # noqa: E402
 from models.score import Model  # noqa: E402
 from pipelines.clock import MISSING, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402

@@ -1,6 +1,6 @@
 """A Feast offline store that joins on known-at: the newest step, or the newest fact, known at the row's time.
 
-Views of ours say in their tags how they are stored and are read by the merge function of `windows`. Any other view
+Views of ours say in their tags how they are stored and are read by the merge function, `steps.as_of`. Any other view
 of a Parquet file works too: known at the later of event and created time, its ttl inclusive, ties to the later
 created. Rows keep their order and number; a null key matches nothing.
 """
@@ -28,8 +28,10 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.utils import _get_requested_feature_views_to_features_dict
 
+from features.facts import Versions, int_times
 from features.keys import codes_of, key_runs, text_keys
-from features.windows import KEY, TIME, Versions, as_of, int_times, latest_steps, previous
+from features.steps import KEY, TIME, as_of, previous
+from features.windows import latest_steps
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Latest, Source

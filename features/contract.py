@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.contract_page import Arrived, Check, ContractResult, as_json, percent, render
-from features.ingest import ARROW, KNOWN, Snapshot, read_table
-from features.keys import text_keys
+from features.ingest import ARROW, Snapshot, read_table
+from features.keys import KNOWN, text_keys
 from pipelines.clock import iso
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home

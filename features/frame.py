@@ -14,8 +14,9 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 
+from features.facts import Columns, floats, int_times
 from features.keys import filled, one_chunk
-from features.windows import Columns, derive, feature_names, floats, int_times
+from features.views import derive, feature_names
 from pipelines.clock import MISSING
 from pipelines.errors import UsageError
 from pipelines.spec import Calendar, Spec
@@ -74,7 +75,7 @@ def is_missing(values: np.ndarray) -> np.ndarray:
 
 
 def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]], t: np.ndarray) -> Columns:
-    """The features of N rows. `raw`: view → stored view → column → values, as `windows.derive` takes them."""
+    """The features of N rows. `raw`: view → stored view → column → values, as `views.derive` takes them."""
     frame: Columns = {name: own[name] for name in spec.features.row}
     if spec.features.calendar:
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])

@@ -1,6 +1,7 @@
 """Landing files → immutable objects, one per file → a snapshot: what the pipeline knows, named by its values.
 
-Landing is append-only: only new files are read, a changed or deleted one refuses the snapshot.
+Landing is append-only: only new files are read. One that a run built on may be neither changed nor deleted; one that
+only refused snapshots held may, which is the way out of a bad delivery.
 """
 
 import hashlib
@@ -8,20 +9,21 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.keys import SEPARATOR, text_keys
+from features.keys import KNOWN, SEPARATOR, text_keys
 from pipelines.clock import iso, parse_time, wall_us
 from pipelines.errors import Refused, nearest
 from pipelines.home import Home
 from pipelines.manifest import digest_of, read_json, write_json, write_page
+from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
 
-KNOWN = "_known_at"  # column that every table read from a snapshot carries
 ARROW = {
     "string": pa.string(),
     "int64": pa.int64(),
@@ -50,39 +52,54 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     """The snapshot of everything landed. Raises Refused, naming the file, for what cannot be read or believed."""
     index_path = home.snapshots(spec.pipeline) / "landing.json"
     index = read_json(index_path)["files"] if index_path.exists() else {}
-    found = _landed(spec, home)
-    for name in index:
-        if name not in found and name.split("/")[0] in spec.sources:
+    found, taken = _landed(spec, home), _taken_in(spec, home)
+    for name in [n for n in index if n not in found and n.split("/")[0] in spec.sources]:
+        if index[name]["object"] in taken:
             raise Refused(f"landing file {name} was deleted; landing is append-only: put it back")
-    new = 0
-    for name, path in found.items():
-        stat = path.stat()
-        entry = index.get(name)
-        source = spec.sources[name.split("/")[0]]
-        columns = _columns_digest(source, spec.timed)
-        read = entry if entry and entry.get("columns") == columns else None  # else the spec has changed
-        if read and (read["size"], read["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-            continue
-        data = path.read_bytes()
-        sha = hashlib.sha256(data).hexdigest()
-        if entry and entry["sha256"] != sha:
+        del index[name]
+    new = len(found.keys() - index.keys())
+    try:
+        for name, path in found.items():
+            index[name] = _entry(spec, home, name, path, index.get(name), taken)
+    finally:
+        write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
+    return _publish(spec, home, index, new)
+
+
+def _taken_in(spec: Spec, home: Home) -> set[str]:
+    """Objects that a run built on: of the newest one that no contract stopped, and of one that is still to be ended."""
+    done, going = accepted(home, spec.pipeline), unfinished(home, spec.pipeline)
+    snapshots = {done["inputs"]["snapshot"]} if done else set()
+    snapshots |= {going.snapshot} if going else set()
+    bodies = [read_json(home.snapshots(spec.pipeline) / f"{digest}.json") for digest in snapshots]
+    return {sha for body in bodies for listed in body["objects"].values() for sha, _ in listed}
+
+
+def _entry(
+    spec: Spec, home: Home, name: str, path: Path, entry: dict[str, Any] | None, taken: set[str]
+) -> dict[str, Any]:  # fmt: skip
+    """What the index says of a landing file. Only a new or changed one is read; one that runs built on may not change."""
+    stat, source = path.stat(), spec.sources[name.split("/")[0]]
+    columns = _columns_digest(source, spec.timed)
+    same_spec = entry is not None and entry["columns"] == columns
+    if entry and same_spec and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        return entry
+    data = path.read_bytes()
+    sha = hashlib.sha256(data).hexdigest()
+    if entry and entry["sha256"] != sha:
+        if entry["object"] in taken:
             raise Refused(
                 f"landing file {name} was changed after it was read; landing is append-only: "
                 "put the old file back and land the correction as a new file"
             )
-        if read:
-            index[name] = {**read, "mtime_ns": stat.st_mtime_ns}
-            continue
-        table = _read_file(name, data, source, spec.timed)
-        index[name] = {
-            "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
-            "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home),
-            "columns": columns,
-        }  # fmt: skip
-        new += entry is None
-    snapshot = _publish(spec, home, index, new)
-    write_json(index_path, {"files": index})
-    return snapshot
+        entry = None
+    if entry and same_spec:
+        return {**entry, "mtime_ns": stat.st_mtime_ns}
+    table = _read_file(name, data, source, spec.timed)
+    return {
+        "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
+        "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home), "columns": columns,
+    }  # fmt: skip
 
 
 def write_arrivals(snapshot: Snapshot, previous: Snapshot | None, path: Path) -> None:
@@ -118,7 +135,7 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     write_json(path, body)
     tables = {name: read_table(spec, home, read_snapshot(home, spec.pipeline, digest), name) for name in spec.sources}
     body["rows"] = {name: table.num_rows for name, table in tables.items()}
-    body["watermark_us"] = max((_watermark(t) for t in tables.values() if t.num_rows), default=as_of)
+    body["watermark_us"] = max((us for t in tables.values() if (us := _newest(t)) is not None), default=as_of)
     write_json(path, body)
     return read_snapshot(home, spec.pipeline, digest)
 
@@ -304,8 +321,10 @@ def _known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
     return pc.add(table[source.event_time].combine_chunks().cast(pa.int64()), rule.lag).cast(stamp)
 
 
-def _watermark(table: pa.Table) -> int:
-    return int(pc.max(table[KNOWN]).cast(pa.int64()).as_py() or 0)
+def _newest(table: pa.Table) -> int | None:
+    """The largest known-at, µs."""
+    found: int | None = pc.max(table[KNOWN]).cast(pa.int64()).as_py()
+    return found
 
 
 def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapshot:
@@ -322,15 +341,15 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
     memo = home.snapshots(spec.pipeline) / "by_objects" / f"{digest_of([objects, _source_digest(spec)])}.json"
     if memo.exists():
         return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
-    rows, duplicates, watermark, sha = {}, {}, 0, hashlib.sha256()
+    rows, duplicates, newest, sha = {}, {}, [], hashlib.sha256()
     for name in sorted(objects):
         table, duplicates[name] = _merge(spec, name, home, objects[name])
         rows[name] = table.num_rows
-        watermark = max(watermark, _watermark(table) if table.num_rows else 0)
+        newest += [us for us in [_newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
         values = table if arrives else table.drop_columns([KNOWN])
         sha.update(f"{name}={_values_digest(values)};".encode())
-    digest = sha.hexdigest()
+    digest, watermark = sha.hexdigest(), max(newest, default=0)
     body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
             "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,
             "schema": {name: json.loads(spec.sources[name].model_dump_json())["columns"] for name in rows}}  # fmt: skip

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 SEPARATOR = "\x1f"
+KNOWN = "_known_at"  # column that every table read from a snapshot carries
 
 
 def text_keys(columns: Sequence[pa.Array | pa.ChunkedArray], length: int) -> pa.Array:

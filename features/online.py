@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import key_runs, request_key, text_key
-from features.windows import KEY, TIME, Columns, Stored, as_of, int_times, previous, stored_views
+from features.steps import KEY, TIME, as_of, previous
+from features.views import Stored, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.manifest import digest_of

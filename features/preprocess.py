@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from features.facts import Columns
 from features.frame import Feature
-from features.windows import Columns
 from pipelines.manifest import read_json, write_json
 
 UNSEEN = 0  # code of a missing value and of a category that training did not know

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from features.facts import closing_facts, first_known, holds, int_times, versions
 from features.keys import codes_of, grouped, key_arrays, text_keys
-from features.windows import closing_facts, first_known, holds, int_times, versions
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import Refused
 from pipelines.spec import HashSplit, Spec, TimeSplit

@@ -18,22 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.facts import Columns, Facts, closing_facts, first_known, int_times, versions
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import filled, key_arrays, one_chunk, text_keys
 from features.online import RECENT
-from features.windows import (
-    KEY,
-    TIME,
-    Columns,
-    Facts,
-    build_views,
-    closing_facts,
-    first_known,
-    int_times,
-    stored_views,
-    versions,
-)
+from features.steps import KEY, TIME
+from features.views import stored_views
+from features.windows import build_views
 from pipelines.clock import MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import preprocess
+from features.facts import Columns
 from features.frame import as_array, feature_list, local_parts, own_columns
 from features.ingest import Snapshot, read_table
 from features.preprocess import Batch, Preprocess
 from features.rows import PARTS, Rows, prediction_rows
 from features.store import FeatureSet, historical_features
-from features.windows import Columns
 from pipelines.home import Home
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Calendar, Spec

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.frame import feature_list, resolve
-from features.windows import stored_views
+from features.views import stored_views
 from pipelines.clock import duration_text
 from pipelines.errors import UsageError, nearest
 from pipelines.home import Home, free_mb

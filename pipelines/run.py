@@ -70,6 +70,11 @@ def finished(home: Home, pipeline: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda m: (m["finished_wall_us"], m["run_id"]))
 
 
+def accepted(home: Home, pipeline: str) -> dict[str, Any] | None:
+    """The manifest of the newest run that no contract stopped."""
+    return next((m for m in reversed(finished(home, pipeline)) if m["result_digest"]), None)
+
+
 def unfinished(home: Home, pipeline: str) -> Run | None:
     """The newest run of a pipeline that has pins and no manifest."""
     folders = [p.parent for p in home.runs(pipeline).glob("*/inputs.json")]

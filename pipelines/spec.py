@@ -88,6 +88,20 @@ class Column(Model):
         None, gt=0, description="smallest step kept in window sums; needed for float64 columns that are summed"
     )
 
+    @model_validator(mode="after")
+    def _fits(self) -> "Column":
+        if (self.min is not None or self.max is not None) and self.type not in ("int64", "float64"):
+            raise ValueError(f"min and max are for numbers, this column is {self.type}")
+        if (self.values is not None or self.pattern is not None) and self.type != "string":
+            raise ValueError(f"values and pattern are for strings, this column is {self.type}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}: no value would do")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        return self
+
 
 class Reference(Model):
     """Foreign key: values of `columns` are found in source `to`."""
@@ -507,6 +521,9 @@ class _Check:
 
     def check_source(self, name: str, source: Source) -> None:
         where = f"sources.{name}"
+        for column in source.columns:
+            if column.startswith("_"):
+                raise ValueError(f"{where}.columns {column!r}: names that begin with _ are Millrace's own; rename it")
         if not (not self.spec.timed and source.key == ("row_digest",)):
             for column in source.key:
                 if self.column(name, column, f"{where}.key").type == "float64":
@@ -570,9 +587,16 @@ class _Check:
 
     def check_view(self, where: str, view: View) -> None:
         shape = view.shape
+        if "event_timestamp" in (*shape.key, getattr(shape, "order", None)):
+            raise ValueError(f"{where}: Feast calls the time of a row event_timestamp; rename that column")
         for column in shape.key:
-            self.column(shape.source, column, f"{where}.key")
-            self.column(self.spec.rows.source, column, f"{where}.key")
+            theirs = self.column(shape.source, column, f"{where}.key").type
+            own = self.column(self.spec.rows.source, column, f"{where}.key").type
+            if theirs != own or own == "float64":
+                raise ValueError(
+                    f"{where}.key {column!r} is {theirs} in source {shape.source!r} and {own} in the rows; "
+                    "a key has one type: string, int64, bool or timestamp"
+                )
         if isinstance(shape, Window):
             if shape.over:
                 self.column(shape.source, shape.over, f"{where}.over", "timestamp")

@@ -6,7 +6,7 @@ from features.ingest import ingest as take_in
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
 from pipelines.manifest import code_digest, digest_of
-from pipelines.run import Run, finished, pin, result_spec, unfinished
+from pipelines.run import Run, accepted, pin, result_spec, unfinished
 from pipelines.spec import load_spec
 from tasks.policy import stage
 
@@ -21,8 +21,8 @@ def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None 
     snapshot = take_in(spec, home)
     at = parse_time(as_of) if as_of else snapshot.watermark_us
     snapshot = cut(spec, home, snapshot, at)
-    done, now = finished(home, spec.pipeline), champion(home, spec.pipeline)
-    previous = done[-1]["inputs"]["snapshot"] if done else ""
+    before, now = accepted(home, spec.pipeline), champion(home, spec.pipeline)
+    previous = before["inputs"]["snapshot"] if before else ""
     run = pin(home, spec, as_of_us=at, snapshot=snapshot.digest, previous=previous,
               parent=now.release if now else "", code=code_digest("flows"))  # fmt: skip
     write_arrivals(snapshot, read_snapshot(home, spec.pipeline, previous) if previous else None, home.root / run.page)

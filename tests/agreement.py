@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.facts import Columns
 from features.frame import assemble, feature_list, own_columns
 from features.ingest import ARROW, Snapshot, cut, ingest, read_table
 from features.online import OnlineStore, feed, serve_features
 from features.rows import PARTS, find_rows
 from features.store import online_rows, write_views
-from features.windows import Columns
 from pipelines.clock import MISSING, NEVER, Anchor
 from pipelines.home import Home, open_home
 from pipelines.spec import Source, Spec

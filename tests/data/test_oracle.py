@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from features import frame, online, store, windows
+from features import facts, frame, online, store, windows
+from features.facts import Versions
 from features.store import build_features, historical_features
-from features.windows import Part, Versions
+from features.windows import Part
 from pipelines.clock import NEVER
 from pipelines.spec import Source, Spec
 from tests.agreement import (
@@ -93,18 +94,18 @@ def unchanged(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> 
 
 
 def join_on_event_time(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> None:
-    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = windows.versions) -> Versions:
+    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = facts.versions) -> Versions:
         v = honest(table, source)
-        event = windows.int_times(table[str(source.event_time)])
+        event = facts.int_times(table[str(source.event_time)])
         return replace(v, known_from=event, known_to=np.where(v.known_to < NEVER, np.append(event[1:], NEVER), NEVER))
 
-    monkeypatch.setattr(windows, "versions", mutant)
+    monkeypatch.setattr(facts, "versions", mutant)
 
 
 def own_row_included(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> None:
     """The first version of each fact of the row's own key is known at the row's t already."""
 
-    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = windows.versions) -> Versions:
+    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = facts.versions) -> Versions:
         v = honest(table, source)
         if not set(spec.row_key) <= source.columns.keys() or source is spec.row_source:
             return v
@@ -115,7 +116,7 @@ def own_row_included(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: i
             own &= pc.equal(column, value).to_numpy().astype(bool)
         return replace(v, known_from=np.where(own, np.minimum(v.known_from, t), v.known_from))
 
-    monkeypatch.setattr(windows, "versions", mutant)
+    monkeypatch.setattr(facts, "versions", mutant)
 
 
 def window_begins_late(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> None:
@@ -140,18 +141,19 @@ def ttl_ignored(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -
 
 
 def correction_ignored(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> None:
-    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = windows.versions) -> Versions:
+    def mutant(table: pa.Table, source: Source, honest: Callable[..., Versions] = facts.versions) -> Versions:
         v = honest(table, source)
         first = np.diff(v.fact, prepend=-1) > 0
         return replace(v, known_from=np.where(first, v.known_from, NEVER), known_to=np.full(len(first), NEVER))
 
-    monkeypatch.setattr(windows, "versions", mutant)
+    monkeypatch.setattr(facts, "versions", mutant)
 
 
 def null_key_matched(monkeypatch: pytest.MonkeyPatch, spec: Spec, key: Key, t: int) -> None:
     honest, honest_one = windows.text_keys, online.text_key
-    monkeypatch.setattr(windows, "text_keys", lambda columns, length: honest(
-        [pc.fill_null(pc.cast(c, pa.string()), "null") for c in columns], length))  # fmt: skip
+    for module in (facts, windows):
+        monkeypatch.setattr(module, "text_keys", lambda columns, length: honest(
+            [pc.fill_null(pc.cast(c, pa.string()), "null") for c in columns], length))  # fmt: skip
     monkeypatch.setattr(online, "text_key", lambda values: honest_one(["null" if v is None else v for v in values]))
     monkeypatch.setattr(frame, "null_keys", lambda own, key, rows: np.zeros(rows, bool))
 

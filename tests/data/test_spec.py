@@ -126,7 +126,13 @@ def test_a_bad_unit_says_which_exist(folder: Path, item: str, found: str) -> Non
      ("features.views.Shop={window: {from: deliveries, last: [1h]}}", "use lower-case letters, digits and single"),
      ("features.views.a__b={window: {from: deliveries, last: [1h]}}", "use lower-case letters, digits and single"),
      ("features.views.empty={}", "give exactly one of window, open, latest, sequence"),
-     ("sources.deliveries.columns.delay=float64", "'delay' is float64: declare its resolution in the source")],
+     ("sources.deliveries.columns.delay=float64", "'delay' is float64: declare its resolution in the source"),
+     ("sources.orders.columns.shop=int64", "'shop' is string in source 'deliveries' and int64 in the rows; a key has one type"),
+     ("sources.orders.columns._x=int64", "'_x': names that begin with _ are Millrace's own; rename it"),
+     ("sources.orders.columns.shop={type: string, min: 1}", "min and max are for numbers, this column is string"),
+     ("sources.deliveries.columns.delay={type: int64, min: 2, max: 1}", "min 2 is above max 1: no value would do"),
+     ("sources.deliveries.columns.delay={type: int64, values: [a]}", "values and pattern are for strings, this column is int64"),
+     ("sources.orders.columns.shop={type: string, pattern: '(a'}", "pattern '(a' is not a regular expression: missing )")],
 )  # fmt: skip
 def test_a_window_that_cannot_be(folder: Path, item: str, expected: str) -> None:
     assert expected in message(folder / "orders.yaml", item)

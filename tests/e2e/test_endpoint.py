@@ -410,7 +410,7 @@ def _plain(value: Any) -> Any:
     [("bundle/gbdt.txt", "gbdt.txt: not found, but model.json needs it; package the release again"),
      pytest.param("bundle/preprocess.json", "preprocess.json: not found", marks=pytest.mark.slow),
      ("tests/e2e/pace.py", "function 'tests.e2e.pace:pace' cannot be found"),
-     ("features/windows.py", "features.windows is not in ")],
+     ("features/views.py", "features.views is not in ")],
 )  # fmt: skip
 def test_a_bento_without_a_file_that_it_needs(buses: Buses, tmp_path: Path, file: str, expected: str) -> None:
     """Preflight starts the copy, sees it refuse, and says which file it was."""

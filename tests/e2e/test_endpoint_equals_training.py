@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import pytest
 import yaml
 
+from features.facts import Columns
 from features.frame import feature_list, is_missing
 from features.ingest import ingest, read_table
 from features.online import OnlineStore, feed, serve_features
 from features.store import FeatureSet, build_features, first_needed, historical_features
-from features.windows import Columns
 from pipelines.clock import Anchor
 from pipelines.home import Home, open_home
 from pipelines.spec import HERE, Spec, load_spec

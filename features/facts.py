@@ -1,0 +1,115 @@
+"""Facts as versions: what was known of a fact, from when and until when.
+
+All times are int64 µs UTC. Shapes: N facts or versions.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, text_keys
+from pipelines.clock import MISSING, NEVER
+from pipelines.spec import Condition, Source, Spec
+
+T = TypeVar("T")
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Fact versions sorted by fact key and known-at; version i is live for known_from[i] ≤ t < known_to[i]."""
+
+    table: pa.Table
+    fact: np.ndarray
+    known_from: np.ndarray
+    known_to: np.ndarray
+
+
+def int_times(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """µs of a timestamp column, MISSING where null."""
+    return filled(one_chunk(column).cast(pa.timestamp("us", "UTC")).cast(pa.int64()), MISSING)
+
+
+def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """float64 values of a number or bool column, NaN where null."""
+    array = one_chunk(column)
+    array = array.cast(pa.int64()) if pa.types.is_boolean(array.type) else array
+    return filled(array.cast(pa.float64()), float("nan"))
+
+
+def versions(table: pa.Table, source: Source) -> Versions:
+    """The life of each fact version; `table` as `ingest.read_table` gives it."""
+    other = np.zeros(max(table.num_rows - 1, 0), bool)  # than the row before
+    for name in source.key:
+        column = one_chunk(table[name])
+        other |= pc.not_equal(column[1:], column[:-1]).fill_null(True).to_numpy(zero_copy_only=False)
+    known = int_times(table[KNOWN])
+    if not len(known):
+        return Versions(table, known, known, known)
+    fact = np.concatenate([[0], np.cumsum(other)])
+    known_to = np.append(np.where(other, NEVER, known[1:]), NEVER)
+    return Versions(table, fact, known, known_to)
+
+
+class Facts:
+    """The sources of one snapshot, each prepared when it is first needed. Values are right for every t ≥ since."""
+
+    def __init__(self, spec: Spec, tables: Mapping[str, pa.Table], since: int = MISSING) -> None:
+        self.spec, self.tables, self.since = spec, tables, since
+        self._made: dict[tuple[object, ...], object] = {}
+        self._lock = threading.RLock()
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return cast(T, self._made[key])
+
+    def versions(self, source: str) -> Versions:
+        return self._once(("versions", source), lambda: versions(self.tables[source], self.spec.sources[source]))
+
+    def names(self, source: str, key: Sequence[str]) -> pa.Array:
+        """Text key of each row of a source."""
+        table = self.tables[source]
+        return self._once(("names", source, *key), lambda: text_keys(key_arrays(table, key), table.num_rows))
+
+    def closed_at(self, source: str, closed_by: Sequence[str]) -> np.ndarray:
+        """When a fact with the key of each row was first known in any of the closing sources (N)."""
+        key = self.spec.sources[source].key
+
+        def make() -> np.ndarray:
+            closing = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
+            return first_known(self.names(source, key), closing)
+
+        return self._once(("closed", source, *closed_by), make)
+
+
+def first_known(names: pa.Array, closing: Sequence[tuple[pa.Array, np.ndarray]]) -> np.ndarray:
+    """When each of N keys was first known among closing facts (their keys and known-at), NEVER where not."""
+    keys, codes = grouped(names)
+    earliest = np.full(len(keys) + 1, NEVER)
+    for closing_names, known in closing:
+        at = codes_of(closing_names, keys)
+        np.minimum.at(earliest, at[at >= 0], known[at >= 0])
+    return earliest[codes]
+
+
+def closing_facts(spec: Spec, tables: Mapping[str, pa.Table]) -> list[tuple[pa.Array, np.ndarray]]:
+    """Row keys and known-at of the facts that close a row."""
+    closing = [tables[name] for name in spec.closed_by]
+    return [(text_keys(key_arrays(c, spec.row_key), c.num_rows), int_times(c[KNOWN])) for c in closing]
+
+
+def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a condition is true, and where its column is not null (both bool, N)."""
+    ((operator, bound),) = condition.comparison().items()
+    compare = {"gt": pc.greater, "ge": pc.greater_equal, "lt": pc.less, "le": pc.less_equal, "eq": pc.equal}[operator]
+    if isinstance(bound, int | float) and not isinstance(bound, bool) and pa.types.is_boolean(column.type):
+        column = column.cast(pa.int64())
+    true = compare(column, bound).fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
+    return true, column.is_valid().to_numpy(zero_copy_only=False).astype(bool)
