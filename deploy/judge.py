@@ -67,7 +67,8 @@ def judge(
     probabilities[PRIOR] = np.full(len(test), prior)
     slices = {name: values[test] for name, values in data.slices.items()}
     evaluation = evaluate(data.label[test], probabilities, slices, spec.gate, spec.seed)
-    verdict = decide(evaluation, spec.gate, has_champion=champion is not None)
+    equal = CHAMPION in probabilities and np.array_equal(probabilities[CHALLENGER], probabilities[CHAMPION])
+    verdict = decide(evaluation, spec.gate, has_champion=champion is not None, equal=equal)
     seen = _seen_before(home, run, data.t[test])
     columns = {"t": data.t[test], "key": data.key[test].astype(str), "label": data.label[test], **probabilities}
     pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), out / "test.parquet")

@@ -27,7 +27,7 @@ from features.steps import KEY, TIME
 from features.views import stored_views
 from features.windows import build_views
 from pipelines.clock import MISSING
-from pipelines.errors import MillraceError
+from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
 from pipelines.spec import Sequence, Spec, TimeSplit
@@ -86,18 +86,22 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
-    rows = write_views(spec, tables, scratch, since)
-    pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
-    files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
-    apply_feast(spec, scratch)
-    done = {
-        "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
-        "watermark_us": snapshot.watermark_us, "rows": rows,
-    }  # fmt: skip
-    _summary(spec, scratch)
-    write_json(scratch / "done.json", done)
-    scratch.replace(folder)
+    try:
+        tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
+        rows = write_views(spec, tables, scratch, since)
+        pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
+        files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
+        apply_feast(spec, scratch)
+        done = {
+            "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
+            "watermark_us": snapshot.watermark_us, "rows": rows,
+        }  # fmt: skip
+        _summary(spec, scratch)
+        write_json(scratch / "done.json", done)
+        scratch.replace(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     return _feature_set(home, folder, done)
 
 
@@ -149,8 +153,21 @@ def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSe
                       f"{done['rows']:,} steps in {len(done['files']) - 1} views")  # fmt: skip
 
 
+def _refuse_large_keys(spec: Spec, table: pa.Table) -> None:
+    """A group that a whole number names is looked up by it when served, and there numbers are float64."""
+    columns = spec.row_source.columns
+    for name in sorted({c for stored in stored_views(spec) for c in stored.key if columns[c].type == "int64"}):
+        limits = pc.min_max(table[name]).as_py()
+        if limits["min"] is not None and max(-limits["min"], limits["max"]) >= 2**53:
+            raise Refused(
+                f"source {spec.rows.source!r}: column {name!r}, a key of features, holds whole numbers of 2^53 or more, "
+                "which are not exact as features: write that column as text"
+            )
+
+
 def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) -> pa.Table:
     """Versions of the rows source that a request may name: _key, _live_from, _live_to, _closed_at and the columns."""
+    _refuse_large_keys(spec, tables[spec.rows.source])
     v = versions(tables[spec.rows.source], spec.row_source)
     names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
     closed = first_known(names, closing_facts(spec, tables))

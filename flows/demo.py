@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from deploy.process import Service, call
+from deploy.process import Service, call, free_port, port_is_free, running
 from deploy.record import Outcome
 from flows.inprocess import recorded, run_flow
 from flows.quick import nothing_new
@@ -29,7 +29,13 @@ def demo(name: str, overrides: list[str]) -> None:
         outcome = nothing_new(home, spec, None) if home.landing(spec.pipeline).exists() else None
     if outcome is None:
         outcome = _first(home, spec, name, overrides)
-    service = serve_champion(home, spec, port=None, background=True)
+    port = None
+    if running(home, spec.pipeline) is not None:
+        port = 0  # the one it has
+    elif not port_is_free(spec.serve.port):
+        port = free_port()
+        _tell(f"  port {spec.serve.port} is taken by another program: the endpoint listens on {port}")
+    service = serve_champion(home, spec, port=port, background=True)
     assert service is not None
     status, answer, request = _ask(home, outcome, service)
     print(_words(home, spec, outcome, service, status, answer, request, time.monotonic() - began))

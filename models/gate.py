@@ -25,12 +25,16 @@ class Verdict:
     rules: tuple[Rule, ...]
 
 
-def decide(evaluation: Evaluation, gate: Gate, *, has_champion: bool) -> Verdict:
-    """The verdict of all rules. Without a champion the bar is the model that only knows the base rate."""
+def decide(evaluation: Evaluation, gate: Gate, *, has_champion: bool, equal: bool = False) -> Verdict:
+    """The verdict of all rules. Without a champion the bar is the model that only knows the base rate.
+
+    `equal`: the challenger answers every test row as the champion does. It need not gain then: what differs is how it is
+    packaged, such as another threshold, or a new version of the code that serves.
+    """
     bar = CHAMPION if has_champion else PRIOR
     if evaluation.bar != bar:
         raise MillraceError(f"the gate needs an evaluation against the {bar}, not the {evaluation.bar}")
-    rules = tuple(rule(evaluation, gate) for rule in (_rows, _gain, _calibration, _slices))
+    rules = tuple(rule(evaluation, gate) for rule in (_rows, _same if equal else _gain, _calibration, _slices))
     refused = tuple(rule.reason for rule in rules if not rule.passed)
     return Verdict(not refused, refused or tuple(rule.reason for rule in rules), rules)
 
@@ -52,6 +56,10 @@ def _gain(evaluation: Evaluation, gate: Gate) -> Rule:
         f"{_number(theirs)}, gain {_span(found, gate)}; its lower end must exceed {gate.min_gain:g}"
     )
     return Rule("gain", passed, reason)
+
+
+def _same(evaluation: Evaluation, gate: Gate) -> Rule:
+    return Rule("gain", True, f"the challenger answers all {evaluation.rows:,} test rows exactly as the champion does")
 
 
 def _calibration(evaluation: Evaluation, gate: Gate) -> Rule:

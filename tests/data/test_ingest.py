@@ -15,6 +15,7 @@ import pytest
 from features import ingest as module
 from features.ingest import Snapshot, cut, ingest, read_snapshot, read_table
 from features.keys import KNOWN
+from features.store import build_features
 from pipelines.clock import parse_time
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home, open_home
@@ -275,6 +276,15 @@ def test_arrival_is_the_first_sight_also_in_a_refused_ingest(home: Home, monkeyp
     put(home, trips(12).slice(10), "b.parquet")
     known = read_table(spec, home, ingest(spec, home), "trips")[KNOWN].cast(pa.int64()).to_pylist()
     assert known == [1_000] * 10 + [2_000] * 2
+
+
+def test_whole_numbers_that_a_request_could_not_name_exactly(home: Home) -> None:
+    view = {"window": {"from": "trips", "key": ["id"], "last": ["1h"], "mean": []}}
+    spec = spec_of(features={"views": {"mine": view}})
+    put(home, trips(2, id=pa.array([1, 2**53], pa.int64())))
+    with pytest.raises(Refused, match="column 'id', a key of features, holds whole numbers of 2.53 or more"):
+        build_features(spec, home, ingest(spec, home))
+    assert not [p for p in (home.root / "features").rglob("*") if p.is_file()]
 
 
 def test_facts_before_1970(home: Home) -> None:

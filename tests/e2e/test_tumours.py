@@ -95,6 +95,16 @@ def test_a_setting_of_the_endpoint_is_nothing_new(tumours: tuple[Home, dict[str,
     assert done.code == 0 and done.answer["outcome"] == "unchanged"
 
 
+@pytest.mark.slow
+def test_another_threshold_is_released_with_the_same_model(copied_home: Home) -> None:
+    """The gate compares models: an equal one need not gain to be packaged with other settings."""
+    home = copied_home
+    before = millrace(home.root, "releases", "tumours", "--json").answer["champion"]
+    done = millrace(home.root, "run", "tumours", "--json", sets=(*QUICK, "serve.threshold=0.3"))
+    assert done.code == 0 and done.answer["outcome"] == "promoted" and done.answer["release"] != before
+    assert "exactly as the champion does" in done.answer["reasons"][1]
+
+
 def test_check_says_what_it_found(tumours_home: Home) -> None:
     began = time.monotonic()
     done = millrace(tumours_home.root, "check", "tumours")

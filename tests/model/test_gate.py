@@ -25,7 +25,8 @@ def judged(challenger: np.ndarray, champion: np.ndarray | None = None, gate: Gat
     if champion is not None:
         probabilities["champion"] = champion
     found = evaluate(LABEL, probabilities, {"place": PLACE}, gate, seed=5)
-    return decide(found, gate, has_champion=champion is not None)
+    equal = champion is not None and np.array_equal(challenger, champion)
+    return decide(found, gate, has_champion=champion is not None, equal=equal)
 
 
 def refusing(verdict: Verdict) -> list[str]:
@@ -46,11 +47,18 @@ def test_a_first_run_must_beat_the_prior() -> None:
 
 
 @pytest.mark.parametrize("metric", ["log_loss", "auc", "brier", "pr_auc"])
-def test_a_worse_or_equal_challenger_is_refused(metric: str) -> None:
+def test_a_worse_challenger_is_refused(metric: str) -> None:
     gate = GATE.model_copy(update={"metric": metric, "max_slice_loss": 1.0, "max_calibration_error": 0.9})
     assert refusing(judged(POOR, GOOD, gate)) == ["gain"]
-    assert refusing(judged(GOOD, GOOD, gate)) == ["gain"]  # no gain is not a gain
+    assert refusing(judged(GOOD * (1 - 1e-12), GOOD, gate)) == ["gain"]  # no gain is not a gain
     assert refusing(judged(GOOD, POOR, gate)) == []
+
+
+def test_a_challenger_that_answers_as_the_champion_does_may_be_packaged_anew() -> None:
+    verdict = judged(GOOD, GOOD)
+    assert refusing(verdict) == []
+    assert verdict.reasons[1] == "the challenger answers all 4,000 test rows exactly as the champion does"
+    assert refusing(judged(POOR, POOR, GATE.model_copy(update={"max_calibration_error": 0.001}))) == ["calibration"]
 
 
 def test_a_gain_below_the_least_gain_is_refused() -> None:
