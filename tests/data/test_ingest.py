@@ -282,7 +282,7 @@ def test_whole_numbers_that_a_request_could_not_name_exactly(home: Home) -> None
     view = {"window": {"from": "trips", "key": ["id"], "last": ["1h"], "mean": []}}
     spec = spec_of(features={"views": {"mine": view}})
     put(home, trips(2, id=pa.array([1, 2**53], pa.int64())))
-    with pytest.raises(Refused, match="column 'id', a key of features, holds whole numbers of 2.53 or more"):
+    with pytest.raises(Refused, match=r"column 'id', a key of features, holds whole numbers of 2\^53 or more"):
         build_features(spec, home, ingest(spec, home))
     assert not [p for p in (home.root / "features").rglob("*") if p.is_file()]
 

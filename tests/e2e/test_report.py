@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import lightgbm as lgb
 import numpy as np
 import pytest
 
+from deploy import record
 from deploy.report import metric_words, model_title, moment, number, write_report
 from features import preprocess
 from features.contract_page import Arrived, Check, ContractResult, as_json
@@ -215,7 +217,8 @@ def test_every_piece_of_a_run_is_on_the_page(made: Made) -> None:
     assert """-d '{"rows": [{"time_hour": "2013-12-30T13:00:00Z", "carrier": "9E", "flight": 2924}]}'""" in page.text
     for words in ("ROC", "Precision and recall", "Calibration", "17 of the test rows", "not known yet when", "A note: plain.",
                   "words plain", "0.7 × LightGBM, fixed defaults + 0.3 × Network", "Kept: epoch 2 of 3", "Kept: round 61 of 62",
-                  "12.6 ms", "77,500", "and 10 more in the table", "together", "b" * 64, "f" * 40):  # fmt: skip
+                  "12.6 ms", "77,500", "and 10 more in the table", "together", "ended or still alive", "b" * 64,
+                  "f" * 40):  # fmt: skip
         assert words in text, words
     assert page.tags.count("svg") == 4 + 3 + 2 + 2 + 1 + 2 + 1  # tiles, curves, slices, importance, search, learning, stages
     assert json.loads(page.text[page.text.rindex('{\n "as_of"') : page.text.rindex("}") + 1]) == made.manifest
@@ -287,6 +290,22 @@ def test_a_table_without_time_has_no_times(tmp_path: Path) -> None:
     page = made.write().check()
     assert "Unchanged" in page.text and "Known up to" not in page.text and "By a seeded hash" in page.text
     assert "The table has no time" in page.card and "--as-of" not in page.card
+
+
+def test_a_commit_says_whether_files_differ_from_it(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record._commit() == ""
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "a"], check=True)
+    commit = record._commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "new.py").touch()
+    assert record._commit() == f"{commit}-dirty"
+    assert f"git checkout {commit}  # and" in made.saying(git_commit=f"{commit}-dirty").write().card
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record._commit() == ""
 
 
 def test_an_evaluation_that_is_gone_is_said_clearly(tmp_path: Path) -> None:
