@@ -16,7 +16,7 @@ from models.evaluate import CHALLENGER
 from pipelines.clock import iso, wall_us
 from pipelines.home import Home
 from pipelines.manifest import ROOT, Artifact, digest_of, file_digest, read_json, write_json
-from pipelines.run import Run, finished, result_spec
+from pipelines.run import Run, accepted, result_spec
 from pipelines.spec import Spec
 
 
@@ -88,8 +88,10 @@ def outcome_of(home: Home, manifest: Mapping[str, Any], *, as_word: str = "") ->
 
 
 def last_outcome(home: Home, run: Run) -> Outcome:
-    """The outcome of the last run of a pipeline, as `unchanged`."""
-    return outcome_of(home, finished(home, run.pipeline)[-1], as_word="unchanged")
+    """The outcome of the last run of a pipeline that no contract stopped, as `unchanged`."""
+    last = accepted(home, run.pipeline)
+    assert last is not None
+    return outcome_of(home, last, as_word="unchanged")
 
 
 def _result(spec: Spec, run: Run, at: Mapping[str, Path]) -> dict[str, Any]:

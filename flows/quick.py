@@ -6,16 +6,16 @@ from pipelines.clock import parse_time
 from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of
-from pipelines.run import Run, finished, result_spec, unfinished
+from pipelines.run import Run, accepted, result_spec, unfinished
 from pipelines.spec import Spec
 
 
 def nothing_new(home: Home, spec: Spec, as_of: str | None) -> Outcome | None:
     """The last outcome, as `unchanged`, when spec, code, landing and as_of are what the last run saw; else None."""
-    done = finished(home, spec.pipeline)
-    if not done or unfinished(home, spec.pipeline) or not done[-1]["result_digest"]:
+    last = accepted(home, spec.pipeline)
+    if last is None or unfinished(home, spec.pipeline):
         return None
-    inputs = done[-1]["inputs"]
+    inputs = last["inputs"]
     if inputs["spec_digest"] != digest_of(result_spec(spec)) or inputs["code"] != code_digest("flows"):
         return None
     try:

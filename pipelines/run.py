@@ -92,11 +92,10 @@ def pin(
     """Writes the inputs of a new run, or says that the last one had the same (`unchanged`)."""
     spec_digest = digest_of(result_spec(spec))
     base = digest_of([spec.pipeline, spec_digest, as_of_us, snapshot, parent])[:12]
-    done = finished(home, spec.pipeline)
+    last = accepted(home, spec.pipeline)
     same = {"spec_digest": spec_digest, "as_of_us": as_of_us, "snapshot": snapshot, "code": code}
-    if done and all(done[-1]["inputs"].get(k) == v for k, v in same.items()):
-        inputs = done[-1]["inputs"]
-        return Run(**{f.name: inputs[f.name] for f in fields(Run) if f.name in _PINS}, unchanged=True)
+    if last and all(last["inputs"].get(k) == v for k, v in same.items()):
+        return Run(**{f.name: last["inputs"][f.name] for f in fields(Run) if f.name in _PINS}, unchanged=True)
     attempt = 1 + len(list(home.runs(spec.pipeline).glob(f"{base}-*")))
     run = Run(
         spec.pipeline, f"{base}-{attempt}", as_of_us, snapshot, previous, parent, wall_us(), spec_digest, code

@@ -265,9 +265,10 @@ def test_a_refused_contract_ends_with_3_and_publishes_nothing(tumours: tuple[Hom
     spec, release = load_spec("tumours"), tumours[1]["release"]
     columns = spec.sources["tumours"].columns
     bad = {n: pa.array([-1.0, float("inf")]) if c.type == "float64" else pa.array([1, 0]) for n, c in columns.items()}
-    pq.write_table(pa.table(bad), copied_home.landing("tumours") / "tumours" / "more.parquet")
+    landed = copied_home.landing("tumours") / "tumours" / "more.parquet"
+    pq.write_table(pa.table(bad), landed)
     done = millrace(copied_home.root, "run", "tumours", "--json", sets=QUICK)
-    assert done.code == 3 and not done.out
+    assert done.code == 3 and done.answer["outcome"] == "refused" and "quarantine/" in done.answer["report"]
     assert "of 'tumours' is refused by the contract: " in done.error and "expectations failed" in done.error
     assert "tumours.mean_radius [finite]: " in done.err
     page = re.search(r"^report: (.+)$", done.err, re.MULTILINE)
@@ -276,6 +277,8 @@ def test_a_refused_contract_ends_with_3_and_publishes_nothing(tumours: tuple[Hom
     manifests = [read_json(p) for p in copied_home.runs("tumours").glob("*/manifest.json")]
     assert sorted(m["outcome"] for m in manifests) == ["promoted", "refused"]
     assert not list(copied_home.root.rglob("*.partial"))
+    landed.unlink()  # the way out: no run built on it
+    assert millrace(copied_home.root, "run", "tumours", "--json", sets=QUICK).answer["outcome"] == "unchanged"
 
 
 def test_a_command_line_that_is_wrong(tmp_path: Path) -> None:
