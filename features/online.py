@@ -8,7 +8,7 @@ state or the new. It only goes forward.
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import key_runs, request_key, text_key
 from features.steps import KEY, TIME, as_of, previous
-from features.views import Stored, stored_views
+from features.views import Stored, absent, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.manifest import digest_of
@@ -171,7 +171,7 @@ class Looked:
 
     `own`: row columns after request fields stood in; `raw` as `frame.assemble` takes it; `unknown` (R): no stored row;
     `closed_at` (R) µs or NEVER; `events`: view → event time (R) of latest views, MISSING where none; `aging`: those
-    of them that have a ttl.
+    of them that have a ttl; `snapshot`: digest of what the store had been fed.
     """
 
     own: Columns
@@ -180,6 +180,7 @@ class Looked:
     closed_at: np.ndarray
     events: dict[str, np.ndarray]
     aging: frozenset[str]
+    snapshot: str
 
 
 class OnlineStore:
@@ -194,13 +195,15 @@ class OnlineStore:
         self.format = layout_digest(spec)
         self.check_format()
 
-    def check_format(self) -> None:
-        """Raises MillraceError when another version of the code has fed the store."""
-        if self.meta()["format"] != self.format:
+    def check_format(self) -> dict[str, str]:
+        """What the last feed wrote about itself. Raises MillraceError when another version of the code has fed the store."""
+        meta = self.meta()
+        if meta["format"] != self.format:
             raise MillraceError(
                 "the served store was fed by another version of Millrace, which packs it otherwise: "
                 f"run `millrace run {self.spec.pipeline}` and serve its release"
             )
+        return meta
 
     def meta(self) -> dict[str, str]:
         """What the last feed wrote about itself."""
@@ -210,6 +213,18 @@ class OnlineStore:
         """The pair of data and wall time of the last feed."""
         meta = self.meta()
         return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """One state of the store for everything that is read inside, the clock's anchor too, while a feed goes on."""
+        outer = self.db.in_transaction
+        if not outer:
+            self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if not outer:
+                self.db.execute("ROLLBACK")
 
     def read(self, view: str, keys: Sequence[str | None]) -> tuple[np.ndarray, Columns, np.ndarray]:
         """Rows of the distinct keys, where each begins, and the position of each asked key among them (−1: none)."""
@@ -223,16 +238,13 @@ class OnlineStore:
 
     def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
-        self.db.execute("BEGIN")  # one snapshot of the store for all reads of a request
-        try:
-            self.check_format()
+        with self.reading():
+            snapshot = self.check_format()["snapshot"]
             own, unknown, closed = self._rows(requests, now)
             t = np.full(len(requests), now)
             raw, events = self.views_at(own, t)
-        finally:
-            self.db.execute("ROLLBACK")
         aging = frozenset(n for n, v in self.spec.features.views.items() if v.latest is not None and v.latest.ttl)
-        return Looked(own, raw, unknown, closed, events, aging)
+        return Looked(own, raw, unknown, closed, events, aging, snapshot)
 
     def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
         start, columns, at = self.read(ROWS, [request_key(r, self.spec.row_key) for r in requests])
@@ -262,7 +274,7 @@ class OnlineStore:
             there, safe = found >= 0, np.maximum(found, 0)
             picked: Columns = {}
             for name in stored.integers:
-                none = MISSING if name in ("_event", "_order") else 0
+                none = absent(name)
                 picked[name] = np.where(there, columns[name][safe], none) if there.any() else np.full(len(t), none)
             for name, kind in stored.values:
                 picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)

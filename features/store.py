@@ -24,7 +24,7 @@ from features.ingest import Snapshot, read_table
 from features.keys import filled, key_arrays, one_chunk, text_keys
 from features.online import RECENT
 from features.steps import KEY, TIME
-from features.views import stored_views
+from features.views import absent, stored_views
 from features.windows import build_views
 from pipelines.clock import MISSING
 from pipelines.errors import MillraceError, Refused
@@ -262,8 +262,7 @@ def _raw_through_feast(
     for stored in stored_views(spec):
         columns = {}
         for name in stored.integers:
-            none = MISSING if name in ("_event", "_order") else 0
-            columns[name] = filled(one_chunk(found.pop(f"{stored.name}__{name}")).cast(pa.int64()), none)
+            columns[name] = filled(one_chunk(found.pop(f"{stored.name}__{name}")).cast(pa.int64()), absent(name))
         for name, kind in stored.values:
             columns[name] = as_array(found.pop(f"{stored.name}__{name}"), kind)
         raw[stored.view][stored.name] = columns

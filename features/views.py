@@ -10,6 +10,8 @@ from features.facts import Columns
 from pipelines.clock import MISSING, duration_text
 from pipelines.spec import Latest, Open, Source, Spec, View, Window
 
+EWM = ("weight", "weighted", "weight_before", "weighted_before")  # sums anchored at the bucket of t, and at the one before
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -34,6 +36,26 @@ def held(column: str, key: Sequence[str]) -> str:
     return f"_{column}" if column in key else column
 
 
+def absent(name: str) -> int:
+    """What an integer column of a stored view holds where there is no step, or no fact to take it from."""
+    return MISSING if name in ("_event", "_order", "_newest") or name.endswith(("_min", "_max", "_newest")) else 0
+
+
+def window_columns(shape: Window) -> tuple[str, ...]:
+    """The integers that a window view is kept as."""
+    found = ["_count"]
+    for column in dict.fromkeys((*shape.mean, *shape.std)):
+        found += [f"_{column}_n", f"_{column}_sum"] + [f"_{column}_squares"] * (column in shape.std)
+    for share, condition in shape.share.items():
+        found += [f"_{condition.column}_n", f"_{share}_hits"]
+    for name, columns in (("min", shape.min), ("max", shape.max), ("nunique", shape.nunique), ("newest", shape.newest)):
+        found += [f"_{column}_{name}" for column in columns]
+    found += ["_newest"] * shape.since
+    for column in shape.ewm.columns if shape.ewm else ():
+        found += [f"_{column}_{part}" for part in EWM]
+    return tuple(dict.fromkeys(found))
+
+
 def stored_views(spec: Spec) -> list[Stored]:
     """Every table that the features of a spec are kept in: one per view and window length."""
     found = []
@@ -41,16 +63,10 @@ def stored_views(spec: Spec) -> list[Stored]:
         shape = view.shape
         source = spec.sources[shape.source]
         if isinstance(shape, Window):
-            integers = ["_count"]
-            for column in dict.fromkeys((*shape.mean, *shape.std)):
-                integers += [f"_{column}_n", f"_{column}_sum"] + [f"_{column}_squares"] * (column in shape.std)
-            for share, condition in shape.share.items():
-                integers += [f"_{condition.column}_n", f"_{share}_hits"]
-            integers = list(dict.fromkeys(integers))
             for ahead, lengths in ((False, shape.last), (True, shape.next)):
                 for length in lengths:
                     title = f"{name}_{'next_' if ahead else ''}{duration_text(length)}"
-                    found.append(Stored(title, name, "steps", shape.key, tuple(integers), (), length, ahead))
+                    found.append(Stored(title, name, "steps", shape.key, window_columns(shape), (), length, ahead))
         elif isinstance(shape, Open):
             for length in shape.last:
                 title = f"{name}_{duration_text(length)}"
@@ -89,6 +105,10 @@ def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
             found |= {f"{prefix}__{c}_mean": "number" for c in shape.mean}
             found |= {f"{prefix}__{c}_std": "number" for c in shape.std}
             found |= {f"{prefix}__{c}_share": "number" for c in shape.share}
+            for kind, columns in (("min", shape.min), ("max", shape.max), ("nunique", shape.nunique), ("newest", shape.newest)):
+                found |= {f"{prefix}__{c}_{kind}": "number" for c in columns}
+            found |= {f"{prefix}__minutes_since": "number"} if shape.since else {}
+            found |= {f"{prefix}__{c}_ewm": "number" for c in (shape.ewm.columns if shape.ewm else ())}
     elif isinstance(shape, Open):
         for length in shape.last:
             prefix = f"{name}_{duration_text(length)}"
@@ -119,6 +139,7 @@ def derive(
     source = spec.sources[shape.source]
     found: Columns = {}
     if isinstance(shape, Window):
+        lengths = {stored.name: stored.length for stored in stored_views(spec)} if shape.ewm else {}
         for prefix, columns in raw.items():
             if shape.count:
                 found[f"{prefix}__count"] = columns["_count"].astype(np.float64)
@@ -131,6 +152,20 @@ def derive(
                 found[f"{prefix}__{c}_std"] = np.sqrt(np.maximum(variance, 0.0)) * resolution(source, c)
             for c, condition in shape.share.items():
                 found[f"{prefix}__{c}_share"] = _ratio(columns[f"_{c}_hits"], columns[f"_{condition.column}_n"])
+            for kind, names in (("min", shape.min), ("max", shape.max), ("newest", shape.newest)):
+                for c in names:
+                    found[f"{prefix}__{c}_{kind}"] = _unless_missing(columns[f"_{c}_{kind}"]) * resolution(source, c)
+            for c in shape.nunique:
+                found[f"{prefix}__{c}_nunique"] = columns[f"_{c}_nunique"].astype(np.float64)
+            if shape.since:
+                newest = columns["_newest"]
+                found[f"{prefix}__minutes_since"] = _unless_missing(np.where(newest == MISSING, MISSING, t - newest)) / 60e6
+            for c in shape.ewm.columns if shape.ewm else ():
+                assert shape.ewm is not None
+                n, total, n_before, total_before = (columns[f"_{c}_{part}"] for part in EWM)
+                older = 2.0 ** (-lengths[prefix] / shape.ewm.half_life)
+                weighted = _ratio(total + total_before * older, n + n_before * older)
+                found[f"{prefix}__{c}_ewm"] = weighted * resolution(source, c)
     elif isinstance(shape, Open):
         for prefix, columns in raw.items():
             due, still = columns["_due"], columns["_open"]
@@ -165,6 +200,11 @@ def derive(
             missing: Any = None if values.dtype == object else np.nan
             found[feature] = np.where(null_key, missing, values)
     return found
+
+
+def _unless_missing(values: np.ndarray) -> np.ndarray:
+    """int64 as float64, MISSING as NaN."""
+    return np.where(values == MISSING, np.nan, values.astype(np.float64))
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -17,18 +17,18 @@ Shapes: N facts or steps, Q queries, K keys.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 
 import numpy as np
 import pyarrow as pa
 
 from features.facts import Columns, Facts, Versions, floats, holds, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
-from features.steps import KEY, LIMIT, TIME, Steps, accumulate, as_of, order_of
-from features.views import Stored, held, resolution, stored_views
+from features.ranked import changes, first_live
+from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, order_of
+from features.views import EWM, Stored, held, resolution, stored_views
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
-from pipelines.spec import Latest, Source, Window
+from pipelines.spec import Ewm, Latest, Source, Window
 from pipelines.spec import Sequence as Chain
 
 
@@ -91,19 +91,116 @@ def edges(over: np.ndarray, length: int, *, ahead: bool) -> tuple[np.ndarray, np
     return (over - length, over) if ahead else (over, over + length)
 
 
-def window_steps(group: Group, values: Columns, length: int, *, ahead: bool, since: int) -> Steps:
-    """Steps of a window view: counts and sums of the facts in (t − w, t], or in (t, t + w] when `ahead`."""
+@dataclass(frozen=True)
+class Ranked:
+    """Columns of a window view that are taken from the live fact that ranks first (N facts; MISSING for null)."""
+
+    rank: np.ndarray
+    counts: np.ndarray  # which facts take part
+    values: Columns
+
+
+def ranked_values(source: Source, shape: Window, facts: Versions, group: Group) -> list[Ranked]:
+    """What the least, greatest and newest values of a window view are taken from."""
+    found = []
+    at = pa.array(group.row)
+    for suffix, sign, columns in (("min", -1, shape.min), ("max", 1, shape.max)):
+        for name in columns:
+            values = floats(facts.table[name].take(at))
+            steps = _scaled(values, source, name, 1)
+            found.append(Ranked(_ranks(sign * steps), ~np.isnan(values), {f"_{name}_{suffix}": steps}))
+    taken: Columns = {"_newest": group.over} if shape.since else {}
+    for name in shape.newest:
+        values = floats(facts.table[name].take(at))
+        taken[f"_{name}_newest"] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
+    if taken:
+        rank = _ranks(group.over, group.known_from, facts.fact[group.row])
+        found.append(Ranked(rank, np.ones(len(rank), bool), taken))
+    return found
+
+
+def _ranks(*by: np.ndarray) -> np.ndarray:
+    """Place of each in the order of the first, then the second array, and so on."""
+    rank = np.empty(len(by[0]), np.int64)
+    rank[np.lexsort(by[::-1])] = np.arange(len(rank))
+    return rank
+
+
+def window_steps(
+    source: Source, shape: Window, facts: Versions, group: Group, values: Columns, length: int, *, ahead: bool, since: int
+) -> Steps:  # fmt: skip
+    """Steps of a window view: aggregates of the facts in (t − w, t], or in (t, t + w] when `ahead`."""
     begin, end = edges(group.over, length, ahead=ahead)
     enter = np.maximum(np.maximum(group.known_from, begin), since)
     leave = np.minimum(group.known_to, end)
-    stays = enter < leave
-    less = {name: -value for name, value in values.items()}
-    steps = accumulate(group.keys, group.code, [(enter, stays, values), (leave, stays & (leave < NEVER), less)])
+    moves = _span(enter, leave, values)
+    if shape.ewm is not None:
+        moves += ewm_moves(source, shape.ewm, facts, group, enter, leave, length)
+    steps = accumulate(group.keys, group.code, moves)
     most = int(steps.columns["_count"].max(initial=0))
-    for name, value in values.items():
+    for name, value in ((n, v) for _, _, columns in moves for n, v in columns.items()):
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
+    at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
+    for name in shape.nunique:
+        steps.columns[f"_{name}_nunique"] = distinct(facts.table[name], group, enter, leave, at, steps.t)
+    for ranked in ranked_values(source, shape, facts, group):
+        some = np.flatnonzero(ranked.counts)
+        first = first_live(group.code[some], enter[some], leave[some], _ranks(ranked.rank[some]), at, steps.t, len(group.keys))
+        for name, column in ranked.values.items():
+            steps.columns[name] = np.append(column[some], MISSING)[first]
     return steps
+
+
+def _span(enter: np.ndarray, leave: np.ndarray, values: Columns) -> list[Move]:
+    """Values that count for enter ≤ t < leave."""
+    stays = enter < leave
+    less = {name: -value for name, value in values.items()}
+    return [(enter, stays, values), (leave, stays & (leave < NEVER), less)]
+
+
+def ewm_moves(
+    source: Source, ewm: Ewm, facts: Versions, group: Group, enter: np.ndarray, leave: np.ndarray, length: int
+) -> list[Move]:  # fmt: skip
+    """Sums of weights and weighted values, anchored at the edges of buckets as long as the window.
+
+    A weight doubles with each half-life from the edge on, in 1,024 steps, as a whole number. A window touches the bucket
+    of t and the one before, which are summed apart, so nothing is ever rescaled: sums stay exact.
+    """
+    edge = group.over // length * length
+    age = (group.over - edge) * 1024 // ewm.half_life
+    weight = np.array([round(2**16 * 2 ** (k / 1024)) for k in range(1024)])[age % 1024] << (age // 1024)
+    now: Columns = {}
+    for name in ewm.columns:
+        values = floats(facts.table[name].take(pa.array(group.row)))
+        now[f"_{name}_{EWM[0]}"] = np.where(np.isnan(values), 0, weight)
+        scaled = _scaled(values, source, name, 1)
+        if len(scaled) and not float(np.abs(scaled).max()) * float(weight.max()) < LIMIT:
+            raise MillraceError(f"ewm of {name!r} may overflow: give its column a coarser resolution")
+        now[f"_{name}_{EWM[1]}"] = scaled * weight
+    before = {f"{name}_before": value for name, value in now.items()}
+    turn = edge + length
+    return _span(enter, np.minimum(leave, turn), now) + _span(np.maximum(enter, turn), leave, before)
+
+
+def distinct(
+    column: pa.ChunkedArray, group: Group, enter: np.ndarray, leave: np.ndarray, at: np.ndarray, t: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """Distinct non-null values among the live facts of each key (code `at`) at each instant (Q)."""
+    values = grouped(one_chunk(column.take(pa.array(group.row))))[1]
+    there = np.flatnonzero((values >= 0) & (enter < leave))
+    width = int(values.max(initial=0)) + 1
+    pairs, pair = np.unique(group.code[there] * width + values[there], return_inverse=True)
+    one = {"n": np.ones(len(there), np.int64)}
+    live = accumulate(pa.array(pairs), pair, _span(enter[there], leave[there], one))
+    of = np.repeat(np.arange(len(pairs)), np.diff(live.start))
+    n = live.columns["n"]
+    before = np.append(0, n[:-1])[: len(n)]
+    before[live.start[:-1]] = 0
+    move = np.sign(n) - np.sign(before)  # a value comes, or goes
+    steps = accumulate(group.keys, (pairs // width)[of], [(live.t, move != 0, {"n": move})])
+    found = as_of(steps.start, steps.t, at, t)
+    return np.append(steps.columns["n"], 0)[found]
 
 
 def open_steps(group: Group, closed_at: np.ndarray, length: int, since: int) -> Steps:
@@ -142,7 +239,12 @@ def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     newest = event[order] >= best
     code, row = code[newest], row[newest]
     t = facts.known_from[row]
-    parts = [(code, t, row, event[row]), *_sweep(facts, codes, event, usable[swept])]
+    torn = usable[swept]
+    rank = _ranks(event[torn], facts.known_from[torn], facts.fact[torn])
+    code_2, t_2, first = changes(codes[torn], facts.known_from[torn], facts.known_to[torn], rank)
+    row_2 = np.append(torn, -1)[first]
+    seen_2 = np.where(row_2 >= 0, event[row_2], MISSING) if len(row_2) else row_2
+    parts = [(code, t, row, event[row]), (code_2, t_2, row_2, seen_2)]
     code, t, row, seen = (np.concatenate(x) for x in zip(*parts, strict=True))
     if shape.ttl is not None:
         code, t, row, seen = _expire(code, t, row, seen, shape.ttl)
@@ -165,32 +267,6 @@ def _running_max(values: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _sweep(facts: Versions, codes: np.ndarray, event: np.ndarray, rows: np.ndarray) -> list[Part]:
-    """Newest live version at each instant at which it changes, for the keys where versions are superseded."""
-    found: list[tuple[int, int, int, int]] = []
-    order = rows[order_of(codes[rows], facts.known_from[rows])]
-    for group in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []:
-        code, best, new = int(codes[group[0]]), -1, 0
-        heap: list[tuple[int, int, int, int]] = []  # newest first; what has ended is dropped when it comes up
-        row = group.tolist()
-        begins, ends = facts.known_from[group].tolist(), facts.known_to[group].tolist()
-        events, fact = event[group].tolist(), facts.fact[group].tolist()
-        for t in sorted({*begins, *ends} - {NEVER}):
-            while new < len(begins) and begins[new] <= t:
-                heappush(heap, (-events[new], -begins[new], -fact[new], new))
-                new += 1
-            while heap and ends[heap[0][3]] <= t:
-                heappop(heap)
-            newest = heap[0][3] if heap else -1
-            if newest != best:
-                best = newest
-                found.append((code, t, row[best] if heap else -1, events[best] if heap else MISSING))
-    if not found:
-        return []
-    codes_at, t_at, row_at, seen_at = (np.array(x, np.int64) for x in zip(*found, strict=True))
-    return [(codes_at, t_at, row_at, seen_at)]
 
 
 def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, ttl: int) -> Part:
@@ -272,7 +348,7 @@ def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
     if isinstance(shape, Window):
         values = window_values(source, shape, v.table, group.row)
         for stored in views:
-            steps = window_steps(group, values, stored.length, ahead=stored.ahead, since=since)
+            steps = window_steps(source, shape, v, group, values, stored.length, ahead=stored.ahead, since=since)
             yield stored, step_table(stored, steps, v.table, group.first)
     else:
         closed_at = facts.closed_at(shape.source, shape.closed_by)[group.row]

@@ -163,6 +163,13 @@ class PredictAt(Model):
     tolerance: Duration = Field(description="how far from that instant a request still counts as in time")
 
 
+class Ewm(Model):
+    """An exponentially weighted mean: a fact counts half as much for each half-life that it is old."""
+
+    columns: tuple[str, ...] = Field(description="number columns")
+    half_life: Duration = Field(description="age at which a fact counts half; a window has at most 16 of them")
+
+
 class Window(Model):
     """Aggregates over the facts of a key in time windows ending (`last`) or beginning (`next`) at t."""
 
@@ -175,9 +182,25 @@ class Window(Model):
     mean: tuple[str, ...] = Field((), description="number columns whose mean is taken")
     std: tuple[str, ...] = Field((), description="number columns whose standard deviation is taken")
     share: dict[str, Condition] = Field({}, description="name → condition whose share of facts is taken")
+    min: tuple[str, ...] = Field((), description="number columns whose least value is taken")
+    max: tuple[str, ...] = Field((), description="number columns whose greatest value is taken")
+    nunique: tuple[str, ...] = Field((), description="columns whose distinct values are counted")
+    newest: tuple[str, ...] = Field((), description="number columns whose value in the newest fact is taken")
+    since: bool = Field(False, description="minutes since the newest fact in the window")
+    ewm: Ewm | None = Field(None, description="exponentially weighted means")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns that are kept in whole steps of their resolution."""
+        ewm = self.ewm.columns if self.ewm else ()
+        return tuple(dict.fromkeys((*self.mean, *self.std, *self.min, *self.max, *self.newest, *ewm)))
 
     @model_validator(mode="after")
     def _some(self) -> "Window":
+        if self.next and (self.newest or self.since or self.ewm):
+            raise ValueError("newest, since and ewm look back: give them last: windows in a view of their own")
+        if self.ewm and not 0 < max(self.last, default=1) <= 16 * self.ewm.half_life:
+            raise ValueError("ewm: a window has at most 16 half-lives; shorten last, or give a longer half_life")
         if not (self.last or self.next):
             raise ValueError("give the window lengths: last: [1h] or next: [1h]")
         if any(w <= 0 for w in (*self.last, *self.next)):
@@ -600,10 +623,12 @@ class _Check:
         if isinstance(shape, Window):
             if shape.over:
                 self.column(shape.source, shape.over, f"{where}.over", "timestamp")
-            for column in (*shape.mean, *shape.std):
-                found = self.column(shape.source, column, f"{where}.mean", "int64", "float64", "bool")
+            for column in shape.numbers:
+                found = self.column(shape.source, column, where, "int64", "float64", "bool")
                 if found.type == "float64" and found.resolution is None:
-                    raise ValueError(f"{where}.mean {column!r} is float64: declare its resolution in the source")
+                    raise ValueError(f"{where}: {column!r} is float64: declare its resolution in the source")
+            for column in shape.nunique:
+                self.column(shape.source, column, f"{where}.nunique")
             for condition in shape.share.values():
                 self.column(shape.source, condition.column, f"{where}.share")
             if shape.next and self.spec.sources[shape.source].kind != "plan":

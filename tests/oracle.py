@@ -201,6 +201,7 @@ class Oracle:
         for text in view.get("last", ()):
             past = [fact for fact in facts if self.in_past(fact.row[over], duration(text), t)]
             found |= self.aggregates(f"{name}_{text}", view, past)
+            found |= self.aggregates_by_age(f"{name}_{text}", view, past, over, duration(text), t)
         for text in view.get("next", ()):
             future = [fact for fact in facts if self.in_future(fact.row[over], duration(text), t)]
             found |= self.aggregates(f"{name}_next_{text}", view, future)
@@ -220,6 +221,44 @@ class Oracle:
             values = [f.row[condition["column"]] for f in inside]
             hits = [holds(condition, value) for value in values if value is not None]
             found[f"{prefix}__{share}_share"] = sum(hits) / len(hits) if hits else None
+        for kind, choose in (("min", min), ("max", max)):
+            for column in view.get(kind, ()):
+                resolution = self.resolution(view["from"], column)
+                scaled = steps([f.row[column] for f in inside], resolution)
+                found[f"{prefix}__{column}_{kind}"] = choose(scaled) * resolution if scaled else None
+        for column in view.get("nunique", ()):
+            found[f"{prefix}__{column}_nunique"] = len({f.row[column] for f in inside} - {None})
+        return found
+
+    def aggregates_by_age(
+        self, prefix: str, view: Settings, inside: list[Fact], over: str, width: int, t: int
+    ) -> Version:
+        """What depends on which fact is the newest, and on how old each is."""
+        found: Version = {}
+        newest = max(inside, key=lambda f: (f.row[over], f.known_at, f.key), default=None)
+        if view.get("since"):
+            found[f"{prefix}__minutes_since"] = (t - newest.row[over]) / MINUTE if newest else None
+        for column in view.get("newest", ()):
+            resolution = self.resolution(view["from"], column)
+            scaled = steps([newest.row[column]] if newest else [], resolution)
+            found[f"{prefix}__{column}_newest"] = scaled[0] * resolution if scaled else None
+        ewm = view.get("ewm") or {"columns": ()}
+        for column in ewm["columns"]:
+            resolution, half_life = self.resolution(view["from"], column), duration(ewm["half_life"])
+            bucket = t // width
+            total, weights = {0: 0, -1: 0}, {0: 0, -1: 0}
+            for fact in inside:
+                if fact.row[column] is None:
+                    continue
+                doublings = (fact.row[over] % width) * 1024 // half_life  # 1,024ths of them, from the bucket's edge on
+                weight = round(2**16 * 2 ** (doublings % 1024 / 1024)) * 2 ** (doublings // 1024)
+                which = fact.row[over] // width - bucket
+                total[which] += weight * steps([fact.row[column]], resolution)[0]
+                weights[which] += weight
+            older = 2.0 ** (-width / half_life)
+            weight_sum = weights[0] + weights[-1] * older
+            mean_steps = (total[0] + total[-1] * older) / weight_sum if weight_sum else None
+            found[f"{prefix}__{column}_ewm"] = None if mean_steps is None else mean_steps * resolution
         return found
 
     def resolution(self, source: str, column: str) -> float:

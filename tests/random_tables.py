@@ -230,7 +230,23 @@ def random_window(dice: Dice, sources: dict[str, Settings], same_key: list[str])
     window["share"] = {f"like{i}": random_condition(dice) for i in range(dice.draw.randint(0, 2))}
     if (window["mean"] or window["std"]) and dice.chance(0.2):
         window["count"] = False
-    return {"window": window}
+    return {"window": window | random_aggregates(random.Random(repr((dice.seed, window))), sources[name], window)}
+
+
+def random_aggregates(draw: random.Random, settings: Settings, window: Settings) -> Settings:
+    """Aggregates that are not sums, in some windows."""
+    if draw.random() < 0.3:
+        return {}
+    some = {kind: draw.sample("xnb", draw.randint(0, 3)) for kind in ("min", "max")}
+    some["nunique"] = draw.sample([*settings["columns"]], draw.randint(0, 3))
+    if "next" in window:
+        return some
+    longest = max(map(duration_us, window["last"]))
+    half_life = duration_text(max(1, longest // draw.choice((1, 2, 3, 7, 15)) + draw.choice((0, 1))))
+    some |= {"newest": draw.sample("xnb", draw.randint(0, 3)), "since": draw.random() < 0.5}
+    if draw.random() < 0.6:
+        some["ewm"] = {"columns": draw.sample("xnb", draw.randint(1, 3)), "half_life": half_life}
+    return some
 
 
 def random_open(dice: Dice, sources: dict[str, Settings], same_key: list[str]) -> Settings:
