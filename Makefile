@@ -33,8 +33,8 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 test: setup  ## the everyday tests
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup  ## every test: kills, scheduler, full data
-	@$(BIN)/python -m pytest
+test-all: test  ## every test: also kills, scheduler, full data
+	@$(BIN)/python -m pytest -m slow
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
