@@ -75,8 +75,9 @@ class Endpoint:
     def predict(self, body: bytes) -> dict[str, Any]:
         """Answers for rows named by their keys."""
         began, rows = time.monotonic_ns(), parse(body, self.key_fields)
-        now = self.now_us()
-        served = serve_features(self.store, rows, now)
+        with self.store.reading():  # a feed that moved the clock between the two would answer from another time
+            now = self.now_us()
+            served = serve_features(self.store, rows, now)
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
         scores = self.model.predict(self.preprocess.transform(served.frame))
@@ -95,7 +96,8 @@ class Endpoint:
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
-            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i))}
+            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
+                     "snapshot": served.looked.snapshot}  # fmt: skip
             entries.append((answer, extra))
         self._log("predict", request_id, now, began, served.frame, entries)
         return {**self._head(request_id, now), "rows": answers}
@@ -123,8 +125,9 @@ class Endpoint:
     def features_at(self, body: bytes) -> dict[str, Any]:
         """The features that `/predict` would use, without an answer (preflight only)."""
         rows = parse(body, self.key_fields)
-        now = self.now_us()
-        served = serve_features(self.store, rows, now)
+        with self.store.reading():
+            now = self.now_us()
+            served = serve_features(self.store, rows, now)
         scores = self.model.predict(self.preprocess.transform(served.frame))
         return {
             "now_us": now,
@@ -189,7 +192,7 @@ class Endpoint:
         for i, (answer, extra) in enumerate(entries):
             values = {
                 "request_id": request_id, "row": i, "clock": now if self.spec.timed else wall, "wall": wall,
-                "release": self.release,
+                "release": self.release, "snapshot": None,
                 "route": route, "key": as_json(answer["key"]), "request": "{}", "event_times": "{}",
                 "unknown_entity": answer.get("unknown_entity", False),
                 "outside_horizon": answer.get("outside_horizon", False), "missing": len(answer["missing"]),
