@@ -1,4 +1,4 @@
-"""What became of the answers: quality on the labels that arrived since, and drift of features and scores."""
+"""What became of the answers: quality on the labels that arrived since, drift of features and scores, and skew."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deploy.rollout import Release, bento_spec, champion
+from deploy.skew import Skew, check_skew
 from features.frame import as_array, is_missing
 from features.ingest import ingest, read_table
 from features.keys import text_key
@@ -28,7 +29,10 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Monitored:
-    """What was found: answers of the champion, those with a label by now, quality, drift, and what alarms."""
+    """What was found: answers of the champion, those with a label by now, quality, drift, skew, and what alarms.
+
+    `skew` is None where nothing was answered yet.
+    """
 
     pipeline: str
     release: str
@@ -37,6 +41,7 @@ class Monitored:
     quality: dict[str, float]
     promised: dict[str, float]
     drift: dict[str, float]
+    skew: Skew | None
     alarms: tuple[str, ...]
     line: str
 
@@ -59,9 +64,12 @@ def monitor(home: Home, pipeline: str) -> Monitored:
     quality = {m: round(v, 6) for m, v in quality.items() if np.isfinite(v)}
     drift = _drift(home.root / manifest["stage_paths"]["training_set"], log) if log.num_rows else {}
     drift |= _score_drift(home.root / manifest["stage_paths"]["evaluate"], log) if log.num_rows else {}
-    alarms = tuple(_alarms(spec, int(known.sum()), log.num_rows, quality, promised, drift))
+    skew = check_skew(home, pipeline, release=release.release) if log.num_rows else None
+    alarms = tuple(_alarms(spec, int(known.sum()), log.num_rows, quality, promised, drift, skew))
     line = f"{log.num_rows:,} answers, {int(known.sum()):,} with a label by now; {alarms[0] if alarms else 'no alarm'}"
-    found = Monitored(pipeline, release.release, log.num_rows, int(known.sum()), quality, promised, drift, alarms, line)
+    found = Monitored(
+        pipeline, release.release, log.num_rows, int(known.sum()), quality, promised, drift, skew, alarms, line
+    )
     folder = home.root / "events" / pipeline
     write_json(folder / "monitor.json", asdict(found))
     most = sorted(drift.items(), key=lambda item: -item[1])[:15]
@@ -71,6 +79,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
             (m, f"{v:.4f}", f"{quality[m]:.4f}" if m in quality else "–") for m, v in promised.items() if v is not None
         ]),
         ("Drift (PSI)", [(name, f"{value:.3f}") for name, value in most]),
+        ("Skew", [("last day", skew.line), *((name, f"{n:,}") for name, n in skew.by_feature.items())] if skew else []),
     ])  # fmt: skip
     return found
 
@@ -136,7 +145,8 @@ def psi(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def _alarms(
-    spec: Spec, labelled: int, answers: int, quality: dict[str, float], promised: dict[str, Any], drift: dict[str, float]
+    spec: Spec, labelled: int, answers: int, quality: dict[str, float], promised: dict[str, Any], drift: dict[str, float],
+    skew: Skew | None,
 ) -> list[str]:  # fmt: skip
     rules, found = spec.monitor, []
     if labelled >= rules.min_rows and quality.get("log_loss", 0.0) > promised["log_loss"] + rules.max_log_loss_rise:
@@ -145,5 +155,11 @@ def _alarms(
         )
     if answers >= rules.min_rows and drift.get("score", 0.0) > rules.max_psi:
         found.append(f"drift: PSI of the score is {drift['score']:.3f}, {rules.max_psi:g} is accepted")
+    if skew and skew.skewed_cells:
+        name, count = next(iter(skew.by_feature.items()))
+        found.append(
+            f"skew: {skew.skewed_cells:,} of {skew.cells:,} served cells are not what training computes, "
+            f"most in {name!r} ({count:,})"
+        )
     return found
 

@@ -22,6 +22,7 @@ from features.facts import Columns, int_times
 from features.frame import as_array
 from features.ingest import Snapshot, read_snapshot
 from features.online import feed
+from features.skew import different
 from features.store import FeatureSet, historical_features
 from features.trainset import TrainingSet, load_training_set
 from models.score import Model
@@ -168,11 +169,9 @@ def different_cells(offline: Columns, served: Mapping[str, list[Any]]) -> dict[s
         if len(values) != len(expected):
             found[name] = len(expected)
             continue
-        same = values == expected
-        if not text:
-            same = same | (np.isnan(values) & np.isnan(expected))
-        if not same.all():
-            found[name] = int((~same).sum())
+        wrong = different({name: values}, {name: expected})[name]
+        if wrong.any():
+            found[name] = int(wrong.sum())
     return found
 
 

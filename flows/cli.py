@@ -212,7 +212,7 @@ def score(pipeline: str) -> Answer:
 @_verb
 @_pipeline
 def monitor(pipeline: str) -> Answer:
-    """Quality on the labels that arrived since, and drift of features and scores."""
+    """Quality on the labels that arrived since, drift of features and scores, and skew."""
     from deploy.monitor import monitor as look
 
     home = open_home()
@@ -222,7 +222,29 @@ def monitor(pipeline: str) -> Answer:
     lines = [found.line, *(f"alarm: {alarm}" for alarm in found.alarms)]
     lines += [f"{m:<10} {v:.4f} since then, {found.promised[m]:.4f} on test" for m, v in found.quality.items()]
     lines += [f"drift {value:.3f}  {name}" for name, value in most]
+    lines += [f"skew: {found.skew.line}"] if found.skew else []
     return {"text": "\n".join(lines), **asdict(found)}
+
+
+@_verb
+@_pipeline
+@click.option("--since", callback=_time, help="Answers from this time of the clock on; default: the last day of them.")
+@click.option("--until", callback=_time, help="Answers up to this time of the clock.")
+@click.option("--rows", type=click.IntRange(min=1), default=1_000, show_default=True, help="Most answers, spread evenly.")
+def skew(pipeline: str, since: str | None, until: str | None, rows: int) -> Answer:
+    """Logged answers against what training computes for them, cell by cell; 3 when one differs."""
+    from deploy.skew import check_skew
+
+    home = open_home()
+    _prepared(home)
+    begin, end = (parse_time(text) if text is not None else None for text in (since, until))
+    found = check_skew(home, load_spec(pipeline).pipeline, since=begin, until=end, rows=rows)
+    lines = [found.line]
+    for what, counts in (("skewed", found.by_view), ("skewed", found.by_feature), ("late", found.late_by_view)):
+        lines += [f"{what:<7} {count:>9,}  {name}" for name, count in counts.items()]
+    lines += [f"{s['feature']} of {canonical_json(s['key'])} at {s['at']} (request {s['request_id']}): served {s['served']!r}, "
+              f"training computes {s['offline']!r}" for s in found.samples]  # fmt: skip
+    return {"text": "\n".join(lines), **asdict(found), "exit_code": 3 if found.skewed_cells else 0}
 
 
 @_verb

@@ -8,5 +8,5 @@ from tasks.monitor import watch
 
 @flow(name="monitor", flow_run_name="monitor {pipeline}", persist_result=False)
 def monitor(pipeline: str) -> Monitored:
-    """Quality on labels that arrived since, and drift; an alarm starts retraining."""
+    """Quality on labels that arrived since, drift, and skew; an alarm starts retraining."""
     return watch(pipeline)

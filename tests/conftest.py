@@ -13,6 +13,7 @@ import pytest
 from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
+from tests.e2e.buses import Buses, make_buses
 
 _made: list[str] = []
 
@@ -53,6 +54,12 @@ def tumours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, A
 def tumours_home(tumours: tuple[Home, dict[str, Any]]) -> Home:
     """The home of `tumours`."""
     return tumours[0]
+
+
+@pytest.fixture(scope="session")
+def buses(tmp_path_factory: pytest.TempPathFactory) -> Buses:
+    """The buses up to a bento and a fed store, without a release. Copy its home to land more or to feed."""
+    return make_buses(tmp_path_factory.mktemp("buses"))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from features.store import build_features, historical_features
 from pipelines.home import Home
 from pipelines.manifest import Artifact, write_json
 from pipelines.run import Run
-from tests.e2e.buses import EVERY, NOW, Buses, make_buses, trip_at
+from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 
 ROUTES = ("/predict", "/predict_features")
 SOON = trip_at(NOW + 2 * EVERY)  # due in 12 minutes, asked 10 minutes before: within the tolerance
@@ -56,11 +56,6 @@ class Answer:
         sentence = self.json["error"]
         assert isinstance(sentence, str) and len(sentence) > 10
         return sentence
-
-
-@pytest.fixture(scope="session")
-def buses(tmp_path_factory: pytest.TempPathFactory) -> Buses:
-    return make_buses(tmp_path_factory.mktemp("buses"))
 
 
 @pytest.fixture(scope="module")
