@@ -26,7 +26,7 @@ from pipelines.spec import Spec
 
 SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec")),
-    *(f"features/{n}.py" for n in ("__init__", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
+    *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "score")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),
 )

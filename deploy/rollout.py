@@ -9,14 +9,14 @@ from typing import Any
 
 from deploy.bundle import load_bento
 from features.ingest import Snapshot, read_snapshot
-from features.online import feed
+from features.online import feed, served_store
 from features.rows import seen_until
 from features.store import FeatureSet, build_features, defs_digest
 from pipelines.clock import Anchor, iso, wall_us
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
 from pipelines.manifest import FORMAT_VERSION, Artifact, lock, read_json, write_json, write_page
-from pipelines.run import Run
+from pipelines.run import Run, accepted
 from pipelines.spec import Spec
 
 KEPT = 3  # releases whose served store is fed: the champion and those before it
@@ -132,22 +132,37 @@ def bento_spec(home: Home, release: Release) -> Spec:
     return Spec.model_validate(json.loads((home.root / release.bento / "src/bundle/spec.json").read_text()))
 
 
-def feed_all(home: Home, pipeline: str, snapshot: Snapshot, anchor: Anchor, built: FeatureSet) -> list[str]:
+def feed_all(
+    home: Home, pipeline: str, snapshot: Snapshot, anchor: Anchor, built: FeatureSet | None, *, at: str = ""
+) -> list[str]:  # fmt: skip
     """Feeds the served store of every kept release; names those that moved. Repeating it changes nothing.
 
-    `built` serves the releases that define features as it does; for others the steps from the anchor on are made.
+    `built` serves the releases that define features as it does; for others the steps from the anchor on are made. `at`:
+    the server that holds the stores, where that is not the home.
     """
     fed = []
     for release in released(home, pipeline)[-KEPT:]:
         spec = bento_spec(home, release)
         defs = defs_digest(spec)
-        features = built if built.defs_digest == defs else build_features(spec, home, snapshot, since=anchor.data_us)
-        if feed(spec, home.root / features.path, home.online(pipeline, defs), anchor, snapshot.digest):
+        mine = built is not None and built.defs_digest == defs
+        features = built if built and mine else build_features(spec, home, snapshot, since=anchor.data_us)
+        store = served_store(at, pipeline, home.online(pipeline, defs))
+        if feed(spec, home.root / features.path, store, anchor, snapshot.digest):
             fed.append(release.release)
     if fed:
         body = {"data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot.digest, "releases": fed}
         _append(home, pipeline, "feed", body, "new facts")
     return fed
+
+
+def feed_elsewhere(home: Home, pipeline: str, at: str) -> list[str]:
+    """Brings the stores on another server to what the last run that no contract stopped has fed."""
+    last = accepted(home, pipeline)
+    if last is None:
+        return []
+    inputs = last["inputs"]
+    anchor = Anchor(inputs["as_of_us"], inputs["anchor_wall_us"])
+    return feed_all(home, pipeline, read_snapshot(home, pipeline, inputs["snapshot"]), anchor, None, at=at)
 
 
 def bento_folder(home: Home, release: Release) -> Path:
@@ -186,7 +201,7 @@ def release_run(
                           run.parent, reasons, seen_until(spec, run.as_of_us))  # fmt: skip
             promote(home, run.pipeline, new, expected=run.parent, why="; ".join(reasons))
     anchor = Anchor(run.as_of_us, run.anchor_wall_us)
-    fed = tuple(feed_all(home, run.pipeline, snapshot, anchor, features))
+    fed = tuple(feed_all(home, run.pipeline, snapshot, anchor, features, at=spec.serve.store))
     shown = name or "no champion"
     line = {"promoted": f"{shown} is champion", "refused": f"refused; {shown} stays",
             "unchanged": f"equal to the champion {shown}"}[outcome]  # fmt: skip

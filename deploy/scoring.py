@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from deploy.judge import answer
 from deploy.rollout import bento_spec, champion
 from features.keys import SEPARATOR
-from features.online import ROWS, OnlineStore, serve_features
+from features.online import ROWS, OnlineStore, serve_features, served_store
 from pipelines.clock import MISSING, Clock, iso
 from pipelines.errors import MillraceError
 from pipelines.home import Home
@@ -30,8 +30,10 @@ class Scored:
     line: str
 
 
-def score_open(home: Home, pipeline: str) -> Scored:
+def score_open(home: Home, pipeline: str, *, at: str = "") -> Scored:
     """Scores every open row at the clock's now with the champion; the same instant gives the same file.
+
+    `at`: the server that holds the served store, where that is not the home.
 
     Raises MillraceError without a champion.
     """
@@ -39,10 +41,10 @@ def score_open(home: Home, pipeline: str) -> Scored:
     if release is None:
         raise MillraceError(f"{pipeline} has no champion: type `millrace run {pipeline}`")
     spec = bento_spec(home, release)
-    store = OnlineStore(spec, home.online(pipeline, release.defs_digest))
+    store = OnlineStore(spec, served_store(at, pipeline, home.online(pipeline, release.defs_digest)))
     clock = spec.clock
     now = Clock(clock.kind, clock.speed, clock.offset, store.anchor()).now_us() if clock else 0
-    keys = [key for (key,) in store.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (ROWS,))]
+    keys = store.cells.keys(ROWS)
     types: dict[str, str] = {name: spec.row_source.columns[name].type for name in spec.row_key if name in spec.row_source.columns}
     names, scores = [], []
     for begin in range(0, len(keys), CHUNK):

@@ -17,6 +17,7 @@ import os  # noqa: E402
 import time  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from typing import Any  # noqa: E402
 
 import bentoml  # noqa: E402
@@ -30,12 +31,13 @@ from starlette.routing import Route  # noqa: E402
 
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
+from features.cells import StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import feature_list, is_missing, resolve  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
 from features.preprocess import Preprocess  # noqa: E402
 from models.score import Model  # noqa: E402
-from pipelines.clock import MISSING, Clock, iso, wall_us  # noqa: E402
+from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
 from pipelines.manifest import read_json  # noqa: E402
 from pipelines.spec import Spec  # noqa: E402
@@ -56,8 +58,9 @@ class Endpoint:
             resolve(function.call)  # now, not at the first request: a bento that lacks it is refused
         self.features = feature_list(self.spec)
         self.key_fields, self.feature_fields = key_fields(self.spec), feature_fields(self.features)
-        store = Path(os.environ.get("MILLRACE_ONLINE") or home / "online" / self.spec.pipeline / self.defs[:16])
-        self.store = OnlineStore(self.spec, store)
+        told = os.environ.get("MILLRACE_ONLINE", "")
+        folder = Path(told) if told else home / "online" / self.spec.pipeline / self.defs[:16]
+        self.store = OnlineStore(self.spec, told if "://" in told else folder)
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         self.log = PredictionLog(
             log_root, list(self.preprocess.numbers), list(self.preprocess.categories), self.spec.serve.log_flush
@@ -65,25 +68,24 @@ class Endpoint:
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
     def now_us(self) -> int:
-        """The clock's now."""
+        """The clock's now; its anchor is in the served store, and stays while that does not answer."""
         clock = self.spec.clock
         if clock is None:
             return 0
-        anchor = self.store.anchor() if clock.kind == "data" else None
+        anchor = self._anchor() if clock.kind == "data" else None
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
     def predict(self, body: bytes) -> dict[str, Any]:
         """Answers for rows named by their keys."""
         began, rows = time.monotonic_ns(), parse(body, self.key_fields)
-        with self.store.reading():  # a feed that moved the clock between the two would answer from another time
-            now = self.now_us()
-            served = serve_features(self.store, rows, now)
+        served, down = self._served(rows)
+        now = served.now
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
         scores = self.model.predict(self.preprocess.transform(served.frame))
         stale_after = self.spec.serve.stale_after
         answers: list[dict[str, Any]] = []
-        entries: list[tuple[dict[str, Any], dict[str, str]]] = []
+        entries: list[tuple[dict[str, Any], dict[str, str | None]]] = []
         request_id = uuid.uuid4().hex
         for i, row in enumerate(rows):
             answer = {
@@ -97,10 +99,25 @@ class Endpoint:
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
             extra = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
-                     "snapshot": served.looked.snapshot}  # fmt: skip
+                     "snapshot": None if down else served.looked.snapshot}  # fmt: skip
             entries.append((answer, extra))
         self._log("predict", request_id, now, began, served.frame, entries)
-        return {**self._head(request_id, now), "rows": answers}
+        return {**self._head(request_id, now), **({"store_down": down} if down else {}), "rows": answers}
+
+    def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
+        """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
+        try:
+            with self.store.reading():  # a feed that moved the clock between the two would answer from another time
+                return serve_features(self.store, rows, self.now_us()), ""
+        except StoreDown as down:
+            log.warning("%s", down)
+            return serve_features(self.store.without_cells(), rows, self.now_us()), str(down)
+
+    def _anchor(self) -> Anchor:
+        try:
+            return self.store.anchor()
+        except StoreDown:
+            return self.store.without_cells().anchor()
 
     def predict_features(self, body: bytes) -> dict[str, Any]:
         """Answers for rows given as features; one that is left out is missing."""
@@ -118,16 +135,15 @@ class Endpoint:
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]]}
             for i, s in enumerate(scores)
         ]
-        entries: list[tuple[dict[str, Any], dict[str, str]]] = [({**a, "key": {}}, {}) for a in answers]
+        entries: list[tuple[dict[str, Any], dict[str, str | None]]] = [({**a, "key": {}}, {}) for a in answers]
         self._log("predict_features", request_id, now, began, frame, entries)
         return {**self._head(request_id, now), "rows": answers}
 
     def features_at(self, body: bytes) -> dict[str, Any]:
         """The features that `/predict` would use, without an answer (preflight only)."""
         rows = parse(body, self.key_fields)
-        with self.store.reading():
-            now = self.now_us()
-            served = serve_features(self.store, rows, now)
+        served, _ = self._served(rows)
+        now = served.now
         scores = self.model.predict(self.preprocess.transform(served.frame))
         return {
             "now_us": now,
@@ -137,7 +153,9 @@ class Endpoint:
 
     def info(self) -> dict[str, Any]:
         """What answers here."""
-        meta = self.store.meta()
+        with suppress(StoreDown):
+            self.store.anchor()
+        meta = self.store.last
         return {
             "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,
             "model": self.model.chosen, "features": len(self.features), "defs_digest": self.defs,
@@ -186,7 +204,7 @@ class Endpoint:
                     raise BadRequest(422, f"rows[{i}].{name} is not what is stored ({shown}); leave it out")
 
     def _log(self, route: str, request_id: str, now: int, began: int, frame: Columns,
-             entries: list[tuple[dict[str, Any], dict[str, str]]]) -> None:  # fmt: skip
+             entries: list[tuple[dict[str, Any], dict[str, str | None]]]) -> None:  # fmt: skip
         wall, took = wall_us(), (time.monotonic_ns() - began) // 1_000
         logged = []
         for i, (answer, extra) in enumerate(entries):

@@ -1,14 +1,14 @@
 """The served store: the steps that still matter, one packed row per key and view, read without Feast or pandas.
 
 `feed` keeps, for every key, the newest step not later than the anchor and all later ones, so the store answers for
-every instant from the anchor on, also when no event arrives. It is written in one transaction: readers see the old
-state or the new. It only goes forward.
+every instant from the anchor on, also when no event arrives. Where it lies is `features.cells`' business. It only goes
+forward.
 """
 
+import copy
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.cells import Cell, Meta, NoCells, open_cells
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import key_runs, request_key, text_key
@@ -105,38 +106,34 @@ def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]
     return np.cumsum(counts), columns
 
 
-def feed(spec: Spec, features: Path, store: Path, anchor: Anchor, snapshot: str) -> bool:
+def served_store(at: str, pipeline: str, folder: Path) -> Path | str:
+    """Where a store lies whose place in the home is `folder`: there, or on the server `at` (`serve.store` of a spec)."""
+    return f"{at}#{pipeline}/{folder.name}" if at else folder
+
+
+def feed(spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
     """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
 
     False, and nothing written, where the store is already at this snapshot or beyond this time.
     """
-    store.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(store / "store.sqlite", timeout=60, isolation_level=None)) as db:
-        db.execute("PRAGMA journal_mode=WAL")
-        for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
-                      "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
-            db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            held = dict(db.execute("SELECT name, value FROM meta").fetchall())
-            layout_now = layout_digest(spec)
-            same = held and (held["snapshot"], held["format"]) == (snapshot, layout_now)
-            if held and (int(held["data_us"]), same) >= (anchor.data_us, True):
-                db.execute("ROLLBACK")
-                return False
-            db.execute("DELETE FROM cells")
-            for layout in layouts(spec).values():
-                keys, start, table = _kept(spec, features, layout, anchor.data_us)
-                cells = zip(keys, pack(layout, table, start), strict=True)
-                db.executemany("INSERT INTO cells VALUES (?, ?, ?)", ((layout.view, k, b) for k, b in cells))
-            meta = {"format": layout_now, "data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot}
-            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in meta.items()])
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-    return True
+
+    def decide(held: Meta) -> tuple[Meta, Iterator[Cell]] | None:
+        layout_now = layout_digest(spec)
+        same = bool(held) and (held["snapshot"], held["format"]) == (snapshot, layout_now)
+        if held and (int(held["data_us"]), same) >= (anchor.data_us, True):
+            return None
+        meta = {"format": layout_now, "data_us": str(anchor.data_us), "wall_us": str(anchor.wall_us), "snapshot": snapshot}
+        return meta, _cells(spec, features, anchor.data_us)
+
+    return open_cells(store, write=True).feed(decide)
+
+
+def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Cell]:
+    """Every packed row that is needed from the anchor on."""
+    for layout in layouts(spec).values():
+        keys, start, table = _kept(spec, features, layout, anchor)
+        for key, packed in zip(keys, pack(layout, table, start), strict=True):
+            yield layout.view, key, packed
 
 
 def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list[str], np.ndarray, pa.Table]:
@@ -186,55 +183,62 @@ class Looked:
 class OnlineStore:
     """A reader of the served store of one spec. One per process; not shared between threads."""
 
-    def __init__(self, spec: Spec, store: Path) -> None:
-        path = store / "store.sqlite"
-        if not path.exists():
-            raise MillraceError(f"the served store {path} is not there: run `millrace run {spec.pipeline}` to feed it")
+    def __init__(self, spec: Spec, store: Path | str) -> None:
         self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
-        self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
+        self.cells, self.reads = open_cells(store), 0
         self.format = layout_digest(spec)
-        self.check_format()
+        self.last = self.check_format()  # what was known of the store when it was read last
 
     def check_format(self) -> dict[str, str]:
         """What the last feed wrote about itself. Raises MillraceError when another version of the code has fed the store."""
         meta = self.meta()
+        if not meta:
+            raise MillraceError(f"the served store is empty: run `millrace run {self.spec.pipeline}` to feed it")
         if meta["format"] != self.format:
             raise MillraceError(
                 "the served store was fed by another version of Millrace, which packs it otherwise: "
                 f"run `millrace run {self.spec.pipeline}` and serve its release"
             )
+        self.last = meta
         return meta
 
-    def meta(self) -> dict[str, str]:
+    def without_cells(self) -> "OnlineStore":
+        """The same store with nothing in it but its clock: what is left while its server does not answer."""
+        empty = copy.copy(self)
+        empty.cells, empty.reads = NoCells(self.last), 0
+        return empty
+
+    def meta(self) -> Meta:
         """What the last feed wrote about itself."""
-        return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
+        return self.cells.meta()
 
     def anchor(self) -> Anchor:
         """The pair of data and wall time of the last feed."""
-        meta = self.meta()
+        meta = self.last = self.meta()
         return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """One state of the store for everything that is read inside, the clock's anchor too, while a feed goes on."""
-        outer = self.db.in_transaction
-        if not outer:
-            self.db.execute("BEGIN")
-        try:
+        if self.reads:
             yield
-        finally:
-            if not outer:
-                self.db.execute("ROLLBACK")
+            return
+        with self.cells.reading():
+            self.reads = 1
+            try:
+                yield
+            finally:
+                self.reads = 0
 
-    def read(self, view: str, keys: Sequence[str | None]) -> tuple[np.ndarray, Columns, np.ndarray]:
-        """Rows of the distinct keys, where each begins, and the position of each asked key among them (−1: none)."""
-        distinct = sorted({k for k in keys if k is not None})
-        marks = ",".join("?" * len(distinct))
-        query = f"SELECT key, packed FROM cells WHERE view = ? AND key IN ({marks})"
-        found = dict(self.db.execute(query, (view, *distinct)).fetchall()) if distinct else {}
-        start, columns = unpack(self.layouts[view], list(found.values()))
-        place = {key: i for i, key in enumerate(found)}
-        return start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, tuple[np.ndarray, Columns, np.ndarray]]:
+        """By view: rows of the distinct keys, where each begins, and the position of each asked key (−1: none)."""
+        distinct = [(view, sorted({k for k in keys if k is not None})) for view, keys in wanted.items()]
+        found = {}
+        for (view, keys), packed in zip(wanted.items(), self.cells.get(distinct), strict=True):
+            start, columns = unpack(self.layouts[view], list(packed.values()))
+            place = {key: i for i, key in enumerate(packed)}
+            found[view] = start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
+        return found
 
     def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
@@ -247,7 +251,7 @@ class OnlineStore:
         return Looked(own, raw, unknown, closed, events, aging, snapshot)
 
     def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
-        start, columns, at = self.read(ROWS, [request_key(r, self.spec.row_key) for r in requests])
+        start, columns, at = self.read({ROWS: [request_key(r, self.spec.row_key) for r in requests]})[ROWS]
         found = as_of(start, columns["_live_from"], at, np.full(len(requests), now))
         safe, there = np.maximum(found, 0), found >= 0
         own: Columns = {}
@@ -260,11 +264,11 @@ class OnlineStore:
     def views_at(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
         """What `frame.assemble` takes for rows at their times, and the event times of the latest views."""
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
-        events, keys = {}, {}
+        keys = {key: own_keys(self.spec, own, key, len(t)) for key in {stored.key for stored in self.stored}}
+        packed = self.read({stored.name: keys[stored.key] for stored in self.stored})
+        events = {}
         for stored in self.stored:
-            if stored.key not in keys:
-                keys[stored.key] = own_keys(self.spec, own, stored.key, len(t))
-            start, columns, at = self.read(stored.name, keys[stored.key])
+            start, columns, at = packed[stored.name]
             shape = self.spec.features.views[stored.view].shape
             if isinstance(shape, Chain):
                 found = previous(start, columns["_order"], columns[TIME], columns["_live_to"], at, t,

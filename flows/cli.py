@@ -205,7 +205,8 @@ def score(pipeline: str) -> Answer:
 
     home = open_home()
     _prepared(home)
-    found = score_open(home, load_spec(pipeline).pipeline)
+    spec = load_spec(pipeline)
+    found = score_open(home, spec.pipeline, at=spec.serve.store)
     return {"text": f"{found.line}\n{home.root / found.path}", **asdict(found)}
 
 

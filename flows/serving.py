@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from deploy.process import Service, free_port, port_is_free, reason, remember, running, start, stop
-from deploy.rollout import bento_folder, champion
+from deploy.rollout import bento_folder, champion, feed_elsewhere
+from features.online import served_store
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT
@@ -41,6 +42,10 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
             return now
         stop(now)
     extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers)}
+    if spec.serve.store:
+        feed_elsewhere(home, spec.pipeline, spec.serve.store)  # nothing where a run has done it
+        store = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
+        extra["MILLRACE_ONLINE"] = str(store)
     log = home.services(spec.pipeline) / "endpoint.log"
     service = start(home, bento_folder(home, release), port=wanted, release=release.release, log=log, extra=extra)
     remember(home, spec.pipeline, service)

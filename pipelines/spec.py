@@ -421,6 +421,10 @@ class Serve(Model):
 
     port: int = Field(3000, ge=0, le=65535, description="port of the endpoint")
     workers: int = Field(1, ge=1, description="worker processes")
+    store: str = Field(
+        "", pattern=r"^$|^(rediss?|postgresql)://[^#]+$",
+        description="where the served rows lie: redis://… or postgresql://… ($NAME: from the environment); empty: in the home",
+    )
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which the decision is yes")
     request: tuple[str, ...] = Field((), description="row columns that may be given for an unknown row")
     stale_after: Duration | None = Field(None, description="age of a latest value that is flagged as stale")

@@ -9,4 +9,5 @@ from tasks.policy import stage
 @stage(tags=["release"], timeout_s=1_800)
 def score_rows(pipeline: str) -> Scored:
     """Every open row of the served store."""
-    return score_open(open_home(), load_spec(pipeline).pipeline)
+    spec = load_spec(pipeline)
+    return score_open(open_home(), spec.pipeline, at=spec.serve.store)

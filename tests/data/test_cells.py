@@ -1,0 +1,170 @@
+"""The served store in SQLite, Redis and Postgres: one contract, real servers."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from features import online, store
+from features.cells import Cell, Cells, StoreDown, open_cells
+from features.online import OnlineStore, feed, serve_features
+from features.store import online_rows, write_views
+from pipelines.clock import Anchor
+from pipelines.errors import MillraceError
+from tests.agreement import features_at, frame_differences, make_world, served_differences
+from tests.servers import Server, postgres_server, redis_server
+
+NAMES = count()
+KEYS = ["", "a", "a\x1fb", "é\x1f🐟", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[Server]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    with postgres_server() as server:
+        yield server
+
+
+REMOTE = [pytest.param("redis", marks=pytest.mark.redis), pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=["sqlite", *REMOTE])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where a new store lies."""
+    if request.param == "sqlite":
+        return tmp_path / "store"
+    return f"{request.getfixturevalue(request.param).url}#test/{next(NAMES)}"
+
+
+def fill(place: Path | str, mark: str, keys: list[str] = KEYS) -> bool:
+    cells = [(view, key, f"{mark}{view}{key}".encode()) for view in ("one", "two") for key in keys]
+    return open_cells(place, write=True).feed(lambda held: ({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
+
+
+def look(cells: Cells) -> tuple[str, dict[str, bytes], dict[str, bytes]]:
+    one, two = cells.get([("one", KEYS), ("two", ["a", "no such key"])])
+    return cells.meta()["mark"], one, two
+
+
+def test_what_was_fed_is_read(place: Path | str) -> None:
+    assert fill(place, "m")
+    cells = open_cells(place)
+    mark, one, two = look(cells)
+    assert mark == "m" and one == {key: f"mone{key}".encode() for key in KEYS} and two == {"a": b"mtwoa"}
+    assert cells.get([("one", []), ("three", ["a"])]) == [{}, {}]
+    assert cells.keys("one") == sorted(KEYS) and cells.keys("three") == []
+
+
+def test_a_feed_replaces_everything_and_sees_what_was_there(place: Path | str) -> None:
+    fill(place, "m")
+    assert fill(place, "n", ["b"])
+    cells = open_cells(place)
+    assert cells.meta()["before"] == "m" and cells.get([("one", [*KEYS, "b"])]) == [{"b": b"noneb"}]
+
+
+def test_a_feed_that_is_not_needed_writes_nothing(place: Path | str) -> None:
+    fill(place, "m")
+    assert not open_cells(place, write=True).feed(lambda held: None)
+    assert look(open_cells(place))[0] == "m"
+
+
+def test_a_feed_that_breaks_leaves_what_was_there(place: Path | str) -> None:
+    def broken() -> Iterator[Cell]:
+        yield from (("one", str(i), b"new") for i in range(5_000))
+        raise RuntimeError("the disk is gone")
+
+    fill(place, "m")
+    with pytest.raises(RuntimeError):
+        open_cells(place, write=True).feed(lambda held: ({"mark": "broken"}, broken()))
+    assert look(open_cells(place))[:2] == ("m", {key: f"mone{key}".encode() for key in KEYS})
+    assert fill(place, "n")  # nothing is locked
+
+
+def test_a_reader_sees_one_state_while_a_feed_goes_on(place: Path | str) -> None:
+    fill(place, "m")
+    reader = open_cells(place)
+    with reader.reading():
+        before = look(reader)
+        fill(place, "n")
+        assert look(reader) == before
+    assert look(reader)[0] == "n" and look(reader)[2] == {"a": b"ntwoa"}
+
+
+def test_two_writers_at_once_come_one_after_the_other(place: Path | str) -> None:
+    fill(place, "m")
+    writers = [threading.Thread(target=fill, args=(place, mark)) for mark in "pqrs"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    mark, one, _ = look(open_cells(place))
+    assert mark in "pqrs" and one == {key: f"{mark}one{key}".encode() for key in KEYS}
+    assert open_cells(place).meta()["before"] in set("mpqrs") - {mark}
+
+
+def test_a_store_that_was_never_fed(place: Path | str, tmp_path: Path) -> None:
+    spec = make_world(1, tmp_path).spec
+    with pytest.raises(MillraceError, match="run `millrace run"):
+        OnlineStore(spec, place)
+
+
+@pytest.mark.parametrize("seed", range(3000, 3006))
+def test_what_is_served_agrees_with_the_oracle(
+    seed: int, place: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RECENT", 2**60)
+    monkeypatch.setattr(online, "RECENT", 2**60)
+    world = make_world(seed, tmp_path)
+    folder = tmp_path / "features"
+    write_views(world.spec, world.tables, folder)
+    pq.write_table(online_rows(world.spec, world.tables, world.snapshot), folder / "online_rows.parquet")
+    assert feed(world.spec, folder, place, Anchor(-(2**60), 0), world.snapshot.digest)
+    assert not feed(world.spec, folder, place, Anchor(-(2**60), 0), world.snapshot.digest)  # it goes only forward
+    served, asked = OnlineStore(world.spec, place), world.asked()
+    assert frame_differences(world.spec, features_at(served, asked), world.expected(asked), "row") == []
+    assert served_differences(world, served) == []
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_a_server_that_is_down_is_said_and_comes_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    server: Server = request.getfixturevalue(kind)
+    place = f"{server.url}#test/{next(NAMES)}"
+    world = make_world(3000, tmp_path)
+    folder = tmp_path / "features"
+    write_views(world.spec, world.tables, folder)
+    pq.write_table(online_rows(world.spec, world.tables, world.snapshot), folder / "online_rows.parquet")
+    feed(world.spec, folder, place, Anchor(0, 0), world.snapshot.digest)
+    served, request_ = OnlineStore(world.spec, place), world.case.requests[0]
+    before = serve_features(served, [request_.version], request_.t)
+    server.kill()
+    try:
+        with pytest.raises(StoreDown, match=f"{server.port}.* does not answer"):
+            serve_features(served, [request_.version], request_.t)
+        rest = serve_features(served.without_cells(), [request_.version], request_.t)
+        assert rest.looked.unknown.all() and served.without_cells().anchor() == Anchor(0, 0)
+        with pytest.raises(StoreDown):
+            feed(world.spec, folder, place, Anchor(1, 0), "another")
+    finally:
+        server.start()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            again = serve_features(served, [request_.version], request_.t)
+            break
+        except StoreDown:  # it is starting up
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    for name, values in before.frame.items():
+        assert np.array_equal(again.frame[name], values, equal_nan=values.dtype != object), name
+
+

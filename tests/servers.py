@@ -1,0 +1,77 @@
+"""Redis and Postgres servers of Debian, started for a test on a port of their own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.process import free_port
+
+POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), Path("/nowhere"))
+
+
+@dataclass
+class Server:
+    """A server that can be killed and started again on the same port, with the same data."""
+
+    command: list[str]
+    port: int
+    url: str
+    user: str | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, user=self.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    time.sleep(0.3)  # it listens; now it gets ready
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{self.command[0]} does not listen on {self.port}")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def redis_server() -> Iterator[Server]:
+    """An empty Redis."""
+    port, folder = free_port(), tempfile.mkdtemp(prefix="millrace-redis-")
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--appendonly", "yes", "--save", ""]
+    server = Server(command, port, f"redis://127.0.0.1:{port}/0")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def postgres_server() -> Iterator[Server]:
+    """An empty Postgres; it refuses to run as root."""
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="millrace-postgres-"))
+    user = "postgres" if os.geteuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+    data = folder / "data"
+    subprocess.run([POSTGRES / "initdb", "-D", data, "-A", "trust", "-U", "postgres"], user=user, check=True, capture_output=True,
+                   cwd=folder)  # fmt: skip
+    command = [str(POSTGRES / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1"]
+    server = Server(command, port, f"postgresql://postgres@127.0.0.1:{port}/postgres", user)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
