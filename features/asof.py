@@ -1,10 +1,10 @@
 """A Feast offline store that joins on known-at: of the facts known at the row's time, the newest.
 
 A fact is known from the later of its event and created time on; `ttl` is inclusive; equal event times go to the later
-created, then to the later row of the file. Facts without an event or created time are never known, and a null key
-matches nothing. Rows keep their order and number. Views of ours say in their tags how they are stored: as steps, read
-by `steps.as_of`. Any other view of Parquet files, local or on S3, is read here: the facts that are newest when they
-become known, by key and known-at, are steps too.
+created, then to the later row (of files in the order of their names). Facts without an event or created time are never
+known, and a null key matches nothing. Rows keep their order and number. Views of ours say in their tags how they are
+stored: as steps, read by `steps.as_of`. Any other view of Parquet files, local or on S3, becomes steps when it is read:
+its facts that are the newest of their key when they become known.
 
 Shapes: N facts, Q rows asked for, K keys. Times are int64 µs, or ns where a source has finer ones.
 """
@@ -43,8 +43,8 @@ from pyarrow import fs
 
 from features.facts import int_times
 from features.keys import codes_of, filled, key_runs, one_chunk, text_keys
-from features.steps import KEY, LIMIT, TIME, as_of, previous
-from pipelines.clock import MISSING
+from features.steps import KEY, LIMIT, TIME, as_of, order_of, previous
+from pipelines.clock import MISSING, wall_us
 from pipelines.errors import MillraceError, nearest
 
 BATCH = 1_000_000  # entity rows that are joined at a time where the result is streamed
@@ -189,9 +189,9 @@ class AsofOfflineStore(OfflineStore):
             unit = _unit([table[c] for c in stamps])
             code = Codes([table[c] for c in join_key_columns], table.num_rows).stored
             there = np.flatnonzero(code >= 0)
-            order = there[_order(code[there], *(_times(table[c], unit)[there] for c in stamps))]
-            last = np.append(code[order][1:] != code[order][:-1], True)[: len(order)]
-            found = table.take(pa.array(order[last]))
+            order, code, _ = _order(code[there], *(_times(table[c], unit)[there] for c in stamps))
+            last = np.append(code[1:] != code[:-1], True)[: len(order)]
+            found = table.take(pa.array(there[order[last]]))
             if join_key_columns:
                 return found
             return found.append_column(DUMMY_ENTITY_ID, pa.repeat(pa.scalar(DUMMY_ENTITY_VAL), found.num_rows))
@@ -230,7 +230,7 @@ class AsofOfflineStore(OfflineStore):
             raise MillraceError(f"columns {table.column_names} do not fit {place.path}: give exactly {stored.schema.names}")
         table = table.select(stored.schema.names).cast(stored.schema)
         if place.is_folder():
-            Place(place.system, f"{place.path}/{uuid.uuid4().hex}.parquet").write([table])
+            Place(place.system, f"{place.path}/appended-{wall_us()}-{uuid.uuid4().hex[:8]}.parquet").write([table])
         else:
             before = (pa.Table.from_batches([batch]) for batch in stored.to_batches())
             place.write(part for parts in ([stored.schema.empty_table()], before, [table]) for part in parts)
@@ -372,7 +372,7 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
             order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
             own = int_times(rows[view.tags["millrace.order"]])
             return previous(start, order, begin, live_to, codes, t, own, int(view.tags["millrace.within"]))
-        return as_of(start, begin, codes, t)
+        return _seen(start, begin, codes, t)
 
     return Ready([table[c] for c in columns], find)
 
@@ -402,19 +402,18 @@ def _newest_known(
     created = rest[0] if rest else event
     types = [table.schema.field(c).type for c in key]
     row = np.flatnonzero((codes.stored >= 0) & (event != MISSING) & (created != MISSING))
-    known, code = np.maximum(event[row], created[row]), codes.stored[row]
-    order = _order(code, known, event[row], created[row])
-    row, known, code = row[order], known[order], code[order]
+    order, code, known = _order(codes.stored[row], np.maximum(event, created)[row], event[row], created[row])
+    row = row[order]
     event = event[row]
-    newest = _is_newest(code, event)
-    row, known, code, event = row[newest], known[newest], code[newest], event[newest]
-    start = np.searchsorted(code, np.arange(codes.count + 1))
+    newest = _is_newest(_starts(code, codes.count), event)
+    row, known, event = row[newest], known[newest], event[newest]
+    start = _starts(code[newest], codes.count)
     limit = (ttl or timedelta(0)) // timedelta(microseconds=1) * (1000 if unit == "ns" else 1)
 
     def find(rows: pa.Table) -> np.ndarray:
         t, late = _instants(rows[_time_column(rows)], unit)
         names = [_as_stored(rows, c, kind) for c, kind in zip(asked, types, strict=True)]
-        found = as_of(start, known, codes.of(names, len(t)), t)
+        found = _seen(start, known, codes.of(names, len(t)), t)
         if not len(row):
             return found
         seen = np.maximum(found, 0)
@@ -435,31 +434,47 @@ def _instants(column: pa.ChunkedArray, unit: str) -> tuple[np.ndarray, np.ndarra
     return np.where(none, MISSING, t // 1000), ~none & (t % 1000 > 0)
 
 
-def _order(code: np.ndarray, *by: np.ndarray) -> np.ndarray:
-    """Positions in the order of code (≥ 0, < 2^32), then of each of `by`; stable. Fast where `by` rarely decides."""
+def _order(code: np.ndarray, *by: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions in the order of code (≥ 0, < 2^32), then of each of `by`, stable; code and by[0] in that order.
+
+    Fast where by[0] is nearly sorted and rarely equal.
+    """
     order = np.arange(len(code)) if (by[0][1:] >= by[0][:-1]).all() else np.argsort(by[0], kind="stable")
-    for digit in range(0, int(code.max(initial=0)).bit_length(), 16):  # numpy sorts 16 bits by counting
-        order = order[np.argsort((code[order] >> digit).astype(np.uint16), kind="stable")]
-    same = code[order][1:] == code[order][:-1]
-    for i, values in enumerate(by):
-        one, other = values[order][:-1], values[order][1:]
-        if i and (same & (other < one)).any():
-            return np.lexsort((*by[::-1], code))
-        same &= one == other
-    return order
+    for shift in range(0, int(code.max(initial=0)).bit_length(), 16):  # numpy sorts 16 bits by counting
+        digit = (code >> shift).astype(np.uint16)
+        order = order[np.argsort(digit[order], kind="stable")]
+    code, first = code[order], by[0][order]
+    same = (code[1:] == code[:-1]) & (first[1:] == first[:-1])
+    if len(by) > 1 and same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        order[tied] = order[tied][np.lexsort((*(values[order[tied]] for values in by[::-1]), code[tied]))]
+    return order, code, first
 
 
-def _is_newest(code: np.ndarray, event: np.ndarray) -> np.ndarray:
-    """Which facts, in the order of code and known-at, are at least as new as all before of their code (bool, N)."""
-    if not len(code):
-        return np.zeros(0, bool)
-    low, width = int(event.min()), int(event.max()) - int(event.min()) + 1
-    place = event - low
-    if (int(code[-1]) + 1) * width >= LIMIT:
-        seen, place = np.unique(event, return_inverse=True)
-        width = len(seen)
-    line = code * width + place
-    return np.maximum.accumulate(line) == line
+def _is_newest(start: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """Which facts, in the order of key and known-at, are at least as new as all before of their key (bool, N)."""
+    newest = np.ones(len(event), bool)
+    low, width = int(event.min(initial=0)), int(event.max(initial=0)) - int(event.min(initial=0)) + 1
+    step = max(LIMIT // width, 1)
+    for key in range(0, len(start) - 1, step):  # as many keys as fit into one line of integers
+        part = slice(start[key], start[min(key + step, len(start) - 1)])
+        runs = np.diff(start[key : key + step + 1])
+        line = np.repeat(np.arange(len(runs)) * width, runs) + (event[part] - low)
+        newest[part] = np.maximum.accumulate(line) == line
+    return newest
+
+
+def _starts(code: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` keys begins among sorted codes (count + 1)."""
+    return np.append(0, np.cumsum(np.bincount(code, minlength=count)))
+
+
+def _seen(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """`steps.as_of`, asked in order of key and time: a search that moves forward finds its place in the cache."""
+    order = order_of(codes, np.maximum(t, 0))  # no MISSING: its distance to a time is no int64
+    found = np.empty(len(t), np.int64)
+    found[order] = as_of(start, step_t, codes[order], t[order])
+    return found
 
 
 class Codes:
