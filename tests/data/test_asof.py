@@ -5,7 +5,7 @@ to the later created, then to the later row; none older than t − ttl; null equ
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import pytest
 from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType, types
 from pipelines.errors import MillraceError
 
-from feast.errors import SavedDatasetLocationAlreadyExists  # isort: skip — after quick_feast
+from features import asof  # isort: skip — after quick_feast
+from feast.errors import SavedDatasetLocationAlreadyExists  # isort: skip
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage  # isort: skip
 from feast.on_demand_feature_view import on_demand_feature_view  # isort: skip
 from feast.data_source import RequestSource  # isort: skip
@@ -128,8 +129,8 @@ def random_world(seed: int) -> tuple[list[list[Row]], list[int], list[Row]]:
     return views, ttl, rows + rows[: len(rows) // 4]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_facts_as_known(seed: int, repo: Path) -> None:
+def wrong_cells(seed: int, repo: Path) -> list[str]:
+    """Cells of a random world that are not what the row-by-row Python says."""
     views, ttl, rows = random_world(seed)
     keys: list[dict[str, ValueType]] = [{"k": ValueType.INT64}, {"k": ValueType.INT64, "s": ValueType.STRING}, {}]
     kinds = {"k": pa.int64(), "s": pa.string(), "x": pa.float64(), "label": pa.string(), "n": pa.int64()}
@@ -143,12 +144,43 @@ def test_random_facts_as_known(seed: int, repo: Path) -> None:
     frame = entities(rows) if rows else pd.DataFrame({"k": [], "s": [], "event_timestamp": pd.to_datetime([], utc=True)})
     job = store.get_historical_features(entity_df=frame, features=asked, full_feature_names=True)
     found = job.to_arrow()
+    assert pa.concat_tables(job.to_arrow_batches(7)).equals(found)
+    wrong = []
     for i, facts in enumerate(views):
         for row, values in zip(rows, found.to_pylist(), strict=True):
             fact = newest_known(facts, {c: row[c] for c in keys[i]}, row["t"], ttl[i])
-            for f in fields:
-                assert values[f"v{i}__{f}"] == (fact and fact[f]), (i, row, fact)
-    assert pa.concat_tables(job.to_arrow_batches(7)).equals(found)
+            wrong += [f"{f} of {row} in view {i}: {values[f'v{i}__{f}']}, not {fact}" for f in fields
+                      if values[f"v{i}__{f}"] != (fact and fact[f])]  # fmt: skip
+    return wrong
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_facts_as_known(seed: int, repo: Path) -> None:
+    assert wrong_cells(seed, repo) == []
+
+
+MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "event-time join": ("_order", lambda honest: lambda code, known, event, created: honest(code, event, event, created)),
+    "created-time join": ("_order", lambda honest: lambda code, known, event, created: honest(code, created, event, created)),
+    "newest known, not newest": ("_is_newest", lambda honest: lambda start, event: np.ones(len(event), bool)),
+    "known 1 µs early": ("_seen", lambda honest: lambda start, known, codes, t: honest(start, known, codes, t + 1)),
+    "known 1 µs late": ("_seen", lambda honest: lambda start, known, codes, t: honest(start, known, codes, np.maximum(t, 0) - 1)),
+    "TTL ignored": ("_instants", lambda honest: lambda column, unit: (honest(column, unit)[0], -(2**50))),
+    "TTL exclusive": ("_instants", lambda honest: lambda column, unit: (honest(column, unit)[0], 1)),
+    "correction ignored": (
+        "_is_newest", lambda honest: lambda start, event: honest(start, event) & (np.diff(event, prepend=-1) != 0),
+    ),
+    "null key matched": (
+        "_as_stored", lambda honest: lambda rows, name, kind: honest(rows, name, kind).fill_null("a" if name == "s" else 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant: str, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant = MUTANTS[mutant]
+    monkeypatch.setattr(asof, name, plant(getattr(asof, name)))
+    assert any(wrong_cells(seed, repo) for seed in range(60))
 
 
 # One thing at a time
@@ -395,7 +427,7 @@ def test_a_path_as_url(repo: Path) -> None:
 # What is wrong is said
 
 
-def refused(store: FeatureStore, frame: Any, features: Sequence[str] = ("v:x",)) -> Iterator[None]:
+def refused(store: FeatureStore, frame: Any, features: Sequence[str] = ("v:x",)) -> None:
     store.get_historical_features(entity_df=frame, features=list(features)).to_arrow()
 
 
