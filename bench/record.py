@@ -32,13 +32,14 @@ def options(name: str) -> Options:
     return Options(given.quick, given.json)
 
 
-def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    """Prints the figures and writes the JSON."""
+def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: Path, *libraries: str) -> None:
+    """Prints the figures and writes the JSON, with the versions of what is measured."""
+    libraries = libraries or ("numpy", "torch", "prefect", "bentoml")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     body = {
         "name": name, "commit": commit.stdout.strip(), "when": iso(wall_us()),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
-        "versions": {"python": platform.python_version(), **library_versions("numpy", "torch", "prefect", "bentoml")},
+        "versions": {"python": platform.python_version(), **library_versions(*libraries)},
         "rows": rows, "figures": figures,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
