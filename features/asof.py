@@ -74,7 +74,8 @@ class Place:
 
     def write(self, tables: Iterable[pa.Table]) -> None:
         """Writes one file, whole or not at all; all tables get the schema of the first."""
-        scratch = f"{self.path}.{uuid.uuid4().hex}.partial"
+        folder, _, name = self.path.rpartition("/")
+        scratch = f"{folder}/.{name}.{uuid.uuid4().hex}.partial"  # with a dot before it, no reader of the folder takes it
         tables = iter(tables)
         first = next(tables)
         try:
@@ -108,8 +109,10 @@ class AsofRetrievalJob(RetrievalJob):
         return self._on_demand
 
     @cached_property
-    def metadata(self) -> RetrievalMetadata:
-        """What was asked for; the times are those of the entity rows, which are read for it."""
+    def metadata(self) -> RetrievalMetadata | None:
+        """What was asked for; the times are those of the entity rows, which are read for it. None of rows that are pulled."""
+        if not self._features:
+            return None
         keys: list[str] = []
         ends: list[datetime] = []
         for rows in self._rows(BATCH):

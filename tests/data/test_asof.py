@@ -6,7 +6,8 @@ to the later created, then to the later row; none older than t − ttl; null equ
 
 import random
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,8 @@ def test_keys_of_any_type(repo: Path) -> None:
     columns: dict[str, tuple[pa.DataType, list[Any]]] = {
         "bool": (pa.bool_(), [True, False]), "time": (pa.timestamp("us", "UTC"), [at(5), at(6)]),
         "text": (pa.dictionary(pa.int32(), pa.string()), ["a", "b"]), "int": (pa.int32(), [1, 2]),
+        "long": (pa.large_string(), ["a", "b"]), "date": (pa.date32(), [date(2024, 1, 1), date(2024, 1, 2)]),
+        "decimal": (pa.decimal128(5, 2), [Decimal("1.50"), Decimal("2.50")]),
     }  # fmt: skip
     for name, (kind, values) in columns.items():
         table = pa.table({"k": pa.array(values, kind), "x": [1.0, 2.0], "event": pa.array([START] * 2)})
@@ -322,7 +325,7 @@ def test_a_query_as_entity_frame(one: FeatureStore, repo: Path) -> None:
     entities([{"k": 1, "t": 30}, {"k": None, "t": 30}, {"k": 2, "t": 20}]).to_parquet(repo / "rows.parquet")
     job = one.get_historical_features(entity_df="SELECT k, event_timestamp FROM 'rows.parquet'", features=["v:x"])
     assert job.to_arrow()["x"].to_pylist() == [3.0, None, 4.0]
-    assert job.metadata.keys == ["k"]
+    assert job.metadata is not None and job.metadata.keys == ["k"]
     assert (job.metadata.min_event_timestamp, job.metadata.max_event_timestamp) == (at(20), at(30))
     assert [t.num_rows for t in job.to_arrow_batches(2)] == [2, 1]
     query = "SELECT k, event_timestamp AS ts FROM 'rows.parquet' WHERE k = 9"
@@ -362,6 +365,7 @@ def pulled(store: FeatureStore, start: int | None, end: int | None) -> list[floa
         start_date=at(start), end_date=at(end),
     )  # fmt: skip
     table = job.to_arrow()
+    assert job.metadata is None
     assert table.column_names == ["k", "x", "event", "created"]
     return table["x"].to_pylist()
 
@@ -388,6 +392,7 @@ def test_rows_are_appended_to_a_folder(repo: Path) -> None:
     store = applied(repo, view("v", "f"))
     store.write_to_offline_store("v", pd.DataFrame({"k": [1], "x": [2.0], "event": [at(20)], "created": [at(20)]}))
     assert len(list((repo / "f").iterdir())) == 2
+    (repo / "f" / ".2.parquet.partial").write_text("what a killed writer left")
     assert seen(store, [(1, 19), (1, 20)]) == [1.0, 2.0]
 
 
