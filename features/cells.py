@@ -1,7 +1,8 @@
 """Where the packed rows of a served store lie: SQLite in the home, Redis or Postgres. One value per view and key.
 
 A feed replaces everything at once, and readers see the state before or after it, never between; of two feeds at once the
-second sees what the first has written.
+second sees what the first has written. Views whose names begin with `feast:` are Feast's own: `put` writes them key by
+key, and a feed leaves them alone.
 """
 
 import os
@@ -17,6 +18,8 @@ from pipelines.errors import MillraceError
 
 Meta = dict[str, str]
 Cell = tuple[str, str, bytes]  # view, key, packed rows
+Newer = Callable[[bytes, bytes], bool]  # whether packed rows may replace what is held
+FEAST = "feast:"
 Decide = Callable[[Meta], tuple[Meta, Iterator[Cell]] | None]  # from what is there: what replaces it, or None
 
 
@@ -42,6 +45,12 @@ class Cells(Protocol):
     def feed(self, decide: Decide) -> bool:
         """Replaces everything by what `decide` gives; False where that is None."""
 
+    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
+        """Writes keys of a view of Feast's: those that are not held, and those that may replace what is."""
+
+    def drop(self, view: str) -> None:
+        """Removes a view of Feast's."""
+
 
 class NoCells:
     """Nothing but what was known of a store when it was read last."""
@@ -64,6 +73,12 @@ class NoCells:
 
     def feed(self, decide: Decide) -> bool:
         return False
+
+    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
+        raise StoreDown("the served store does not answer")
+
+    def drop(self, view: str) -> None:
+        raise StoreDown("the served store does not answer")
 
 
 def open_cells(store: Path | str, *, write: bool = False) -> Cells:
@@ -103,10 +118,13 @@ class SqliteCells:
             self.db.execute("ROLLBACK")
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        found = []
+        found: list[dict[str, bytes]] = []
         for view, keys in wanted:
-            query = f"SELECT key, packed FROM cells WHERE view = ? AND key IN ({','.join('?' * len(keys))})"
-            found.append(dict(self.db.execute(query, (view, *keys)).fetchall()) if keys else {})
+            found.append({})
+            for begin in range(0, len(keys), 10_000):  # SQLite takes 32,766 at once
+                some = keys[begin : begin + 10_000]
+                query = f"SELECT key, packed FROM cells WHERE view = ? AND key IN ({','.join('?' * len(some))})"
+                found[-1].update(self.db.execute(query, (view, *some)).fetchall())
         return found
 
     def keys(self, view: str) -> list[str]:
@@ -118,7 +136,7 @@ class SqliteCells:
             new = decide(self.meta())
             if new is None:
                 return False
-            self.db.execute("DELETE FROM cells")
+            self.db.execute("DELETE FROM cells WHERE view NOT LIKE ?", (f"{FEAST}%",))
             self.db.executemany("INSERT INTO cells VALUES (?, ?, ?)", new[1])
             self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", new[0].items())
             self.db.execute("COMMIT")
@@ -127,6 +145,19 @@ class SqliteCells:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             self.db.close()
+
+    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            new = _newer(self.get([(view, [*packed])])[0], packed, newer)
+            self.db.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", ((view, k, b) for k, b in new.items()))
+            self.db.execute("COMMIT")
+        finally:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+
+    def drop(self, view: str) -> None:
+        self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
 
 class RedisCells:
@@ -158,17 +189,17 @@ class RedisCells:
             self.seen = None
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        generation = self.meta().get("generation", "")
+        meta = self.meta()
         asked = [(view, keys) for view, keys in wanted if keys]
         with self._answering(), self.db.pipeline(transaction=False) as pipe:
             for view, keys in asked:
-                pipe.hmget(f"{self.name}:{generation}:{view}", keys)
+                pipe.hmget(self._hash(meta, view), keys)
             answers = iter(pipe.execute())
         return [{k: v for k, v in zip(keys, next(answers), strict=True) if v is not None} if keys else {} for _, keys in wanted]
 
     def keys(self, view: str) -> list[str]:
         with self._answering():
-            return sorted(k.decode() for k in self.db.hkeys(f"{self.name}:{self.meta().get('generation', '')}:{view}"))
+            return sorted(k.decode() for k in self.db.hkeys(self._hash(self.meta(), view)))
 
     def feed(self, decide: Decide) -> bool:
         with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
@@ -195,6 +226,18 @@ class RedisCells:
                     pipe.expire(f"{self.name}:{old['generation']}:{view}", 60)
                 pipe.execute()
             return True
+
+    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
+        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
+            if new := _newer(self.get([(view, [*packed])])[0], packed, newer):
+                self.db.hset(self._hash({}, view), mapping=new)
+
+    def drop(self, view: str) -> None:
+        with self._answering():
+            self.db.delete(self._hash({}, view))
+
+    def _hash(self, meta: Meta, view: str) -> str:
+        return f"{self.name}:{view}" if view.startswith(FEAST) else f"{self.name}:{meta.get('generation', '')}:{view}"
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -250,25 +293,44 @@ class PostgresCells:
         return [bytes(key).decode() for (key,) in found]
 
     def feed(self, decide: Decide) -> bool:
-        import psycopg
         from psycopg.types.json import Jsonb
+
+        with self._writing() as db:
+            held = db.execute("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,)).fetchone()
+            new = decide(dict(held[0]) if held else {})
+            if new is None:
+                return False
+            db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
+            with db.cursor().copy("COPY millrace_cells FROM STDIN (FORMAT BINARY)") as copy:
+                copy.set_types(["text", "text", "bytea", "bytea"])
+                for view, key, packed in new[1]:
+                    copy.write_row((self.name, view, key.encode(), packed))
+            upsert = "INSERT INTO millrace_meta VALUES (%s, %s) ON CONFLICT (store) DO UPDATE SET meta = excluded.meta"
+            db.execute(upsert, (self.name, Jsonb(new[0])))
+            return True
+
+    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
+        with self._writing() as db:
+            new = _newer(self.get([(view, [*packed])])[0], packed, newer)
+            upsert = (
+                "INSERT INTO millrace_cells SELECT %s, %s, * FROM unnest(%s::bytea[], %s::bytea[]) "
+                "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed"
+            )
+            db.execute(upsert, (self.name, view, [key.encode() for key in new], [*new.values()]))
+
+    def drop(self, view: str) -> None:
+        self._ask("DELETE FROM millrace_cells WHERE store = %s AND view = %s", (self.name, view))
+
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """A transaction that no other writer of the store is in."""
+        import psycopg
 
         try:
             with psycopg.connect(self.url, connect_timeout=5) as db:
                 db.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (self.name,))
                 db.execute(self.TABLES)
-                held = db.execute("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,)).fetchone()
-                new = decide(dict(held[0]) if held else {})
-                if new is None:
-                    return False
-                db.execute("DELETE FROM millrace_cells WHERE store = %s", (self.name,))
-                with db.cursor().copy("COPY millrace_cells FROM STDIN (FORMAT BINARY)") as copy:
-                    copy.set_types(["text", "text", "bytea", "bytea"])
-                    for view, key, packed in new[1]:
-                        copy.write_row((self.name, view, key.encode(), packed))
-                upsert = "INSERT INTO millrace_meta VALUES (%s, %s) ON CONFLICT (store) DO UPDATE SET meta = excluded.meta"
-                db.execute(upsert, (self.name, Jsonb(new[0])))
-                return True
+                yield db
         except psycopg.OperationalError as error:
             raise self._down(error) from None
 
@@ -292,6 +354,10 @@ class PostgresCells:
 
     def _down(self, error: Exception) -> StoreDown:
         return StoreDown(f"the served store at {self.place} does not answer ({str(error).strip()[:120]}); start it")
+
+
+def _newer(held: dict[str, bytes], packed: dict[str, bytes], newer: Newer) -> dict[str, bytes]:
+    return {key: rows for key, rows in packed.items() if key not in held or newer(rows, held[key])}
 
 
 def _place(url: str) -> str:

@@ -4,11 +4,12 @@ A feature folder is `features/PIPELINE/DEFS/SNAPSHOT/`: `views/*.parquet`, `onli
 store, and a Feast repository that anyone can open. It is immutable.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from features.facts import Columns, Facts, closing_facts, first_known, int_times
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import filled, key_arrays, one_chunk, text_keys
-from features.online import RECENT
+from features.online import RECENT, layouts, served_store
 from features.steps import KEY, TIME
 from features.views import absent, stored_views
 from features.windows import build_views
@@ -91,7 +92,8 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         rows = write_views(spec, tables, scratch, since)
         pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
         files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
-        apply_feast(spec, scratch)
+        place = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs))
+        apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch))
         done = {
             "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
             "watermark_us": snapshot.watermark_us, "rows": rows,
@@ -182,8 +184,11 @@ def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) 
     return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()
 
 
-def apply_feast(spec: Spec, folder: Path) -> None:
-    """Writes the Feast repository of the views in `folder`: entities, feature views and one feature service."""
+def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
+    """Writes the Feast repository of the views in `folder`: entities, feature views and one feature service.
+
+    `store_place`: where their served store lies, relative to the folder or as a URL.
+    """
     from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
     from features.quick_feast import types as feast
 
@@ -191,12 +196,17 @@ def apply_feast(spec: Spec, folder: Path) -> None:
              "timestamp": feast.UnixTimestamp}  # fmt: skip
     values = {"string": ValueType.STRING, "int64": ValueType.INT64, "bool": ValueType.BOOL,
               "timestamp": ValueType.UNIX_TIMESTAMP}  # fmt: skip
+    clock = spec.clock
+    online: dict[str, Any] = {"type": "features.served.ServedOnlineStore", "store": store_place}
+    if clock is not None:
+        online |= {"clock": clock.kind, "speed": clock.speed, "offset": clock.offset}
     (folder / "feature_store.yaml").write_text(
         f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
-        "offline_store: {type: features.asof.AsofOfflineStore}\nonline_store: {type: sqlite, path: feast_online.db}\n"
-        "entity_key_serialization_version: 3\n"
+        "offline_store: {type: features.asof.AsofOfflineStore}\n"
+        f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
     )
     entities: dict[str, Entity] = {}
+    packing = layouts(spec)
     views: list[Any] = []
     for stored in stored_views(spec):
         shape = spec.features.views[stored.view].shape
@@ -204,7 +214,8 @@ def apply_feast(spec: Spec, folder: Path) -> None:
         for column in stored.key:
             kind = source.columns[column].type
             entities.setdefault(column, Entity(name=column, join_keys=[column], value_type=values[kind]))
-        tags = {"millrace.kind": stored.kind, "millrace.view": stored.view}
+        tags = {"millrace.kind": stored.kind, "millrace.view": stored.view, "millrace.key": json.dumps(stored.key),
+                "millrace.layout": json.dumps(asdict(packing[stored.name]))}  # fmt: skip
         if isinstance(shape, Sequence):
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
@@ -215,7 +226,7 @@ def apply_feast(spec: Spec, folder: Path) -> None:
                 name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0), schema=fields,
                 source=FileSource(name=stored.name, path=f"views/{stored.name}.parquet",
                                   timestamp_field=TIME),
-                online=False, tags=tags,
+                online=True, tags=tags,
             )
         )  # fmt: skip
     store = FeatureStore(repo_path=str(folder))

@@ -1,0 +1,182 @@
+"""`get_online_features` on the registry of a pipeline, and Feast's own views, in each kind of served store."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import features.quick_feast  # noqa: F401  # isort: skip
+from feast import Entity, FeatureStore, FeatureView, Field, FileSource, PushSource, ValueType
+from feast.data_source import PushMode
+from feast.types import Float64, Int64, String
+
+from features.cells import open_cells
+from features.facts import Columns
+from features.frame import own_columns
+from features.online import OnlineStore, feed, own_keys
+from features.store import build_features, open_feast
+from features.views import absent, stored_views
+from pipelines.clock import Anchor
+from tests.agreement import arrow, make_world, same_frames
+from tests.servers import postgres_server, redis_server
+
+NAMES = count()
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+REMOTE = [pytest.param("redis", marks=pytest.mark.redis), pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[str]:
+    with redis_server() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with postgres_server() as server:
+        yield server.url
+
+
+@pytest.fixture(params=["sqlite", *REMOTE])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return str(tmp_path / "served")
+    return f"{request.getfixturevalue(request.param)}#test/{next(NAMES)}"
+
+
+# Views of ours
+
+
+@pytest.mark.parametrize("seed", range(3010, 3022))
+def test_feast_reads_the_cells_that_the_endpoint_reads(seed: int, tmp_path: Path) -> None:
+    world = make_world(seed, tmp_path)
+    spec, built = world.spec, build_features(world.spec, world.home, world.snapshot)
+    now = sorted(request.t for request in world.case.requests)[4]
+    feed(spec, world.home.root / built.path, world.home.online(spec.pipeline, built.defs_digest), Anchor(now, 0), built.snapshot)
+    settings = world.home.root / built.path / "feature_store.yaml"
+    settings.write_text(settings.read_text().replace('"clock": "wall"', '"clock": "data"'))  # it stands at `now`
+    lean = OnlineStore(spec, world.home.online(spec.pipeline, built.defs_digest))
+    versions = [request.version for request in world.case.requests]
+    own = own_columns(spec, arrow(spec.row_source, versions))
+    t = np.full(len(versions), now)
+    raw, _ = lean.views_at(own, t)
+    through = through_feast(open_feast(world.home, built), spec, own, len(versions))
+    for view, tables in raw.items():
+        for name, columns in tables.items():
+            if next(s for s in stored_views(spec) if s.name == name).kind != "sequence":
+                assert same_frames(columns, through[view][name]) == [], (seed, name)
+
+
+def through_feast(store: FeatureStore, spec: Any, own: Columns, rows: int) -> dict[str, dict[str, Columns]]:
+    """What `get_online_features` gives for the keys of the rows, as `frame.assemble` takes it; null keys are asked apart."""
+    found: dict[str, dict[str, Columns]] = {}
+    for stored in stored_views(spec):
+        if stored.kind == "sequence":
+            continue
+        keys = own_keys(spec, own, stored.key, rows)
+        whole = [i for i, key in enumerate(keys) if key is not None]
+        names = [*stored.integers, *(n for n, _ in stored.values)]
+        kinds = dict(stored.values)
+        columns: Columns = {n: np.full(rows, absent(n)) for n in stored.integers}
+        columns |= {n: np.full(rows, None, object) if k == "string" else np.full(rows, np.nan) for n, k in kinds.items()}
+        if whole:
+            kind = {c: {"string": str, "bool": bool}.get(spec.row_source.columns[c].type, int) for c in stored.key}
+            asked = [{c: kind[c](own[c][i]) for c in stored.key} or {"__dummy_id": ""} for i in whole]
+            refs = [f"{stored.name}:{n}" for n in names]
+            answer = store.get_online_features(refs, asked, full_feature_names=True).to_dict()
+            for n in names:
+                for i, value in zip(whole, answer[f"{stored.name}__{n}"], strict=True):
+                    if value is not None:
+                        columns[n][i] = value
+        found.setdefault(stored.view, {})[stored.name] = columns
+    return found
+
+
+# Views of Feast's own
+
+
+def repository(folder: Path, place: str, ttl: timedelta = timedelta(0)) -> FeatureStore:
+    """A store with one view of stops, of which Feast knows no more than that it is a Parquet file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "feature_store.yaml").write_text(
+        "project: mine\nprovider: local\nregistry: {path: registry.pb, cache_ttl_seconds: 0}\n"
+        "offline_store: {type: features.asof.AsofOfflineStore}\n"
+        f"online_store: {{type: features.served.ServedOnlineStore, store: '{place}'}}\nentity_key_serialization_version: 3\n"
+    )
+    stop = Entity(name="stop", join_keys=["stop"], value_type=ValueType.STRING)
+    batch = FileSource(name="stops", path=str(folder / "stops.parquet"), timestamp_field="at", created_timestamp_column="made")
+    source = PushSource(name="pushed", batch_source=batch)
+    fields = [Field(name="waiting", dtype=Int64), Field(name="wait", dtype=Float64), Field(name="line", dtype=String)]
+    store = FeatureStore(repo_path=str(folder))
+    store.apply([stop, FeatureView(name="stops", entities=[stop], ttl=ttl, schema=fields, source=source)])
+    return store
+
+
+def stops(rows: list[tuple[str, int | None, float | None, str | None, datetime]]) -> pa.Table:
+    stop, waiting, wait, line, at = map(list, zip(*rows, strict=True))
+    stamps = pa.array(at, pa.timestamp("us", "UTC"))
+    return pa.table({"stop": stop, "waiting": pa.array(waiting, pa.int64()), "wait": pa.array(wait, pa.float64()),
+                     "line": pa.array(line, pa.string()), "at": stamps, "made": stamps})  # fmt: skip
+
+
+def read(store: FeatureStore, *names: str) -> dict[str, list[Any]]:
+    return store.get_online_features(
+        ["stops:waiting", "stops:wait", "stops:line"], [{"stop": name} for name in names]
+    ).to_dict()  # fmt: skip
+
+
+def test_what_is_materialised_is_read(place: str, tmp_path: Path) -> None:
+    rows = [("a", 3, 1.5, "L1", NOON), ("b", None, None, None, NOON), ("a", 4, 2.5, "L2", NOON + timedelta(hours=1))]
+    store = repository(tmp_path / "repo", place)
+    pq.write_table(stops(rows), tmp_path / "repo" / "stops.parquet")
+    store.materialize(NOON - timedelta(days=1), NOON + timedelta(days=1))
+    found = read(store, "a", "b", "nobody", "a")
+    assert found["waiting"] == [4, None, None, 4] and found["wait"] == [2.5, None, None, 2.5]
+    assert found["line"] == ["L2", None, None, "L2"]
+    raw = store.get_online_features(["stops:waiting"], [{"stop": "b"}, {"stop": "nobody"}]).proto
+    statuses = list(raw.results[-1].statuses)
+    assert statuses[0] != statuses[1]  # a stored null is not an unknown key
+
+
+def test_an_older_event_never_replaces_a_newer_one(place: str, tmp_path: Path) -> None:
+    store = repository(tmp_path / "repo", place)
+    for waiting, at in ((5, NOON), (4, NOON - timedelta(hours=1)), (6, NOON + timedelta(hours=1)), (7, NOON)):
+        store.push("pushed", stops([("a", waiting, 0.5, "L1", at)]).to_pandas(), to=PushMode.ONLINE)
+    assert read(store, "a")["waiting"] == [6]
+
+
+def test_a_ttl_counts_when_reading(place: str, tmp_path: Path) -> None:
+    store = repository(tmp_path / "repo", place, ttl=timedelta(hours=2))
+    now = datetime.now(UTC)
+    rows = [("old", 1, 0.5, "L1", now - timedelta(hours=3)), ("new", 2, 0.5, "L1", now - timedelta(hours=1))]
+    store.push("pushed", stops(rows).to_pandas(), to=PushMode.ONLINE)
+    assert read(store, "old", "new")["waiting"] == [None, 2]
+
+
+def test_a_release_leaves_the_views_of_feast_alone(place: str, tmp_path: Path) -> None:
+    store = repository(tmp_path / "repo", place)
+    store.push("pushed", stops([("a", 5, 0.5, "L1", NOON)]).to_pandas(), to=PushMode.ONLINE)
+    cells = open_cells(place if "://" in place else Path(place), write=True)
+    assert cells.feed(lambda held: ({"data_us": "1"}, iter([("rows", "k", b"x")])))
+    assert read(store, "a")["waiting"] == [5]
+    store.teardown()
+    assert read_or_none(place) == {"k": b"x"}
+
+
+def read_or_none(place: str) -> dict[str, bytes]:
+    return open_cells(place if "://" in place else Path(place)).get([("rows", ["k"])])[0]
+
+
+def test_a_view_of_ours_is_not_written_through_feast(tmp_path: Path) -> None:
+    world = make_world(3010, tmp_path)
+    built = build_features(world.spec, world.home, world.snapshot)
+    store = open_feast(world.home, built)
+    view = store.get_feature_view(stored_views(world.spec)[0].name)
+    with pytest.raises(ValueError, match="is fed by releases"):
+        store._get_provider().online_write_batch(store.config, view, [], None)
