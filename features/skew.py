@@ -51,16 +51,17 @@ def asked_rows(spec: Spec, table: pa.Table, asked: Asked, t: np.ndarray) -> pa.T
     """Columns of the rows source (N): the version of each asked key known at its t; where none is, the request's fields."""
     columns = spec.row_source.columns
     v = versions(table, spec.row_source)
-    keys, codes = grouped(text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows))
-    order = order_of(codes, v.known_from)
-    order = order[codes[order] >= 0]
-    start = np.searchsorted(codes[order], np.arange(len(keys) + 1))
-    wanted = codes_of(pa.array([request_key(row, spec.row_key) for row in asked], pa.string()), keys)
-    found = as_of(start, v.known_from[order], wanted, t)
+    keys, wanted = grouped(pa.array([request_key(row, spec.row_key) for row in asked], pa.string()))
+    codes = codes_of(text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows), keys)
+    stored = np.flatnonzero(codes >= 0)
+    stored = stored[order_of(codes[stored], v.known_from[stored])]
+    start = np.searchsorted(codes[stored], np.arange(len(keys) + 1))
+    found = as_of(start, v.known_from[stored], wanted, t)
     given = pa.table({name: _given(column.type, [row.get(name) for row in asked]) for name, column in columns.items()})
     both = pa.concat_tables([v.table.select(given.column_names), given])
-    stored = order[np.maximum(found, 0)] if len(order) else found
-    return both.take(pa.array(np.where(found >= 0, stored, v.table.num_rows + np.arange(len(t))))).combine_chunks()
+    at = v.table.num_rows + np.arange(len(t))
+    at[found >= 0] = stored[found[found >= 0]]
+    return both.take(pa.array(at)).combine_chunks()
 
 
 def _given(kind: str, values: list[object]) -> pa.Array:

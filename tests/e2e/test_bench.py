@@ -26,6 +26,21 @@ def test_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_skew(tmp_path: Path) -> None:
+    out = tmp_path / "skew.json"
+    command = [sys.executable, "-m", "bench.skew", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())["figures"]
+    assert figures["cells"] > 0 and figures["skewed_cells"] == figures["replayed_skewed_cells"] == figures["unknown_rows"] == 0
+    assert figures["clock_hours"] >= 3 and figures["clock_hours_without_events"] >= 1 and figures["feeds"] > 2
+    assert figures["window_cells_not_null"] >= 0.8 and figures["window_cells_changed"] >= 0.25
+    assert figures["oracle_requests"] > 0 and figures["oracle_differences"] == 0
+    assert len(figures["planted_found"]) == 8 and all(figures["planted_found"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_pit_join(tmp_path: Path) -> None:
     out = tmp_path / "pit_join.json"
     command = [sys.executable, "-m", "bench.pit_join", "--quick", "--json", str(out)]
