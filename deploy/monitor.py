@@ -31,7 +31,7 @@ BINS = 10
 class Monitored:
     """What was found: answers of the champion, those with a label by now, quality, drift, skew, and what alarms.
 
-    `skew` is None where nothing was answered yet.
+    `skew` is None where nothing could be compared; `not_compared` says why.
     """
 
     pipeline: str
@@ -42,6 +42,7 @@ class Monitored:
     promised: dict[str, float]
     drift: dict[str, float]
     skew: Skew | None
+    not_compared: str
     alarms: tuple[str, ...]
     line: str
 
@@ -64,11 +65,11 @@ def monitor(home: Home, pipeline: str) -> Monitored:
     quality = {m: round(v, 6) for m, v in quality.items() if np.isfinite(v)}
     drift = _drift(home.root / manifest["stage_paths"]["training_set"], log) if log.num_rows else {}
     drift |= _score_drift(home.root / manifest["stage_paths"]["evaluate"], log) if log.num_rows else {}
-    skew = check_skew(home, pipeline, release=release.release) if log.num_rows else None
+    skew, why = _skew(home, pipeline, release) if log.num_rows else (None, "nothing was answered yet")
     alarms = tuple(_alarms(spec, int(known.sum()), log.num_rows, quality, promised, drift, skew))
     line = f"{log.num_rows:,} answers, {int(known.sum()):,} with a label by now; {alarms[0] if alarms else 'no alarm'}"
     found = Monitored(
-        pipeline, release.release, log.num_rows, int(known.sum()), quality, promised, drift, skew, alarms, line
+        pipeline, release.release, log.num_rows, int(known.sum()), quality, promised, drift, skew, why, alarms, line
     )
     folder = home.root / "events" / pipeline
     write_json(folder / "monitor.json", asdict(found))
@@ -79,7 +80,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
             (m, f"{v:.4f}", f"{quality[m]:.4f}" if m in quality else "–") for m, v in promised.items() if v is not None
         ]),
         ("Drift (PSI)", [(name, f"{value:.3f}") for name, value in most]),
-        ("Skew", [("last day", skew.line), *((name, f"{n:,}") for name, n in skew.by_feature.items())] if skew else []),
+        ("Skew", [("last day", skew.line), *((n, f"{c:,}") for n, c in skew.by_feature.items())] if skew else [(why, "")]),
     ])  # fmt: skip
     return found
 
@@ -90,6 +91,14 @@ def _answers(home: Home, pipeline: str, release: Release) -> pa.Table:
     keep = pc.and_(pc.equal(log["release"], release.release), pc.equal(log["route"], "predict"))
     keep = pc.and_(keep, pc.invert(pc.or_(log["outside_horizon"], log["unknown_entity"])))
     return log.filter(keep).combine_chunks()
+
+
+def _skew(home: Home, pipeline: str, release: Release) -> tuple[Skew | None, str]:
+    """What the skew check found, or why nothing can be compared: that is no reason not to look at the rest."""
+    try:
+        return check_skew(home, pipeline, release=release.release), ""
+    except MillraceError as error:
+        return None, str(error)
 
 
 def _outcomes(spec: Spec, home: Home, log: pa.Table) -> tuple[np.ndarray, np.ndarray]:

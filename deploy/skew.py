@@ -158,8 +158,8 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
     for digest in log["snapshot"].unique().to_pylist():
         part = log.filter(pc.is_null(log["snapshot"]) if digest is None else pc.equal(log["snapshot"], digest))
         if digest is None or not (home.snapshots(pipeline) / f"{digest}.json").is_file():
-            why = "the log does not name their snapshot" if digest is None else f"snapshot {digest[:12]} is not in the home"
-            unchecked[why] += part.num_rows
+            gone = f"snapshot {digest[:12]} is not in the home" if digest else ""
+            unchecked[gone or "no snapshot named: the store was down, or an older log"] += part.num_rows
             continue
         known = known_features(spec, home, read_snapshot(home, pipeline, digest), requests(spec, part), _times(spec, part))
         unchecked["rows older than the served store keeps"] += int((~known.kept).sum())

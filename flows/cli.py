@@ -223,7 +223,7 @@ def monitor(pipeline: str) -> Answer:
     lines = [found.line, *(f"alarm: {alarm}" for alarm in found.alarms)]
     lines += [f"{m:<10} {v:.4f} since then, {found.promised[m]:.4f} on test" for m, v in found.quality.items()]
     lines += [f"drift {value:.3f}  {name}" for name, value in most]
-    lines += [f"skew: {found.skew.line}"] if found.skew else []
+    lines += [f"skew: {found.skew.line if found.skew else found.not_compared}"]
     return {"text": "\n".join(lines), **asdict(found)}
 
 

@@ -5,12 +5,14 @@ The log is that of a live endpoint over the buses of `buses.py`, whose store is 
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,11 +24,13 @@ from deploy.rollout import Release, bento_folder, feed_all, promote
 from deploy.skew import Skew, check_skew, compare
 from features.frame import feature_list
 from features.ingest import ingest
+from features.online import OnlineStore, feed, serve_features
+from features.skew import different, known_features
 from features.store import build_features
-from pipelines.clock import MISSING, Anchor, iso
+from pipelines.clock import MISSING, Anchor, iso, parse_time
 from pipelines.errors import MillraceError
 from pipelines.home import Home
-from pipelines.manifest import ROOT, write_json
+from pipelines.manifest import ROOT, read_json, write_json
 from pipelines.predlog import FEATURE, read_log
 from pipelines.spec import Spec
 from tests.command import Done, millrace
@@ -35,6 +39,7 @@ from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 HALF_HOUR = timedelta(minutes=30)
 STAND_IN = {"line": "L1", "day": "2024-05-06T00:00:00Z", "trip": 1, "stop": "b", "due": "2024-05-06T12:12:00Z",
             "length": 5, "low_floor": True, "seats": 40}  # fmt: skip
+UNNAMED = "no snapshot named: the store was down, or an older log"
 NOBODY = {"line": "L9", "day": "2024-05-06T00:00:00Z", "trip": 2}
 
 
@@ -176,7 +181,7 @@ def test_time_and_number_of_rows_can_be_chosen(made: Answered) -> None:
 def test_answers_that_cannot_be_recomputed_are_counted(made: Answered) -> None:
     digests = made.log["snapshot"].to_pylist()
     gone, unnamed = ["0" * 64, *digests[1:]], [None, *digests[1:]]
-    for listed, reason in ((gone, "snapshot 000000000000 is not in the home"), (unnamed, "the log does not name their snapshot")):
+    for listed, reason in ((gone, "snapshot 000000000000 is not in the home"), (unnamed, UNNAMED)):
         found = compare(made.home, "buses", with_column(made.log, "snapshot", listed))
         assert (found.answers, found.unchecked) == (75, {reason: 1})
         assert f"not compared: 1 ({reason})" in found.line
@@ -275,6 +280,52 @@ def test_the_monitor_alarms(answered: Answered) -> None:
     (alarm,) = [alarm for alarm in found.alarms if alarm.startswith("skew")]
     assert "served cells are not what training computes, most in 'place__zone'" in alarm
     assert isinstance(found.skew, Skew) and json.loads(json.dumps(asdict(found.skew)))["skewed_cells"] > 0
+
+
+def test_the_monitor_goes_on_where_nothing_can_be_compared(answered: Answered) -> None:
+    watched(answered)
+    for part in answered.home.predictions("buses").glob("hour=*/*.parquet"):
+        rewrite(part, lambda log: with_column(log, "snapshot", [None] * log.num_rows))
+    found = monitor(answered.home, "buses")
+    assert found.skew is None and found.answers > 0 and found.drift
+    assert found.not_compared == f"none of the 76 logged answers can be compared: 76 ({UNNAMED})"
+
+
+def test_a_feed_in_the_midst_of_an_answer_is_seen_by_the_next(answered: Answered) -> None:
+    """The clock's anchor and the cells are of one state of the store: else now would lie before what the store holds."""
+    folder = answered.home.online("buses", answered.release.defs_digest)
+    store, row = OnlineStore(answered.spec, folder), trip_key(NOW + 10 * EVERY)
+    snapshot = ingest(answered.spec, answered.home)
+    built = build_features(answered.spec, answered.home, snapshot)
+    with store.reading():
+        old = store.anchor()
+        moved = Anchor(old.data_us + 3_600_000_000, 0)
+        assert feed(answered.spec, answered.home.root / built.path, folder, moved, snapshot.digest)
+        inside = serve_features(store, [row], old.data_us)
+        assert store.anchor() == old
+    assert store.anchor() == moved
+    offline = known_features(answered.spec, answered.home, snapshot, [row], np.array([old.data_us]))
+    assert not any(wrong.any() for wrong in different(inside.frame, offline.frame).values())
+
+
+def trip_key(due: datetime) -> dict[str, Any]:
+    """The key of a trip as the endpoint parses it."""
+    key = trip_at(due)
+    return key | {"day": parse_time(str(key["day"]))}
+
+
+@pytest.mark.slow
+def test_a_pipeline_without_time(tumours_home: Home, tumours_url: str) -> None:
+    manifest = read_json(next(tumours_home.runs("tumours").glob("*/manifest.json")))
+    example = read_json(tumours_home.root / manifest["stage_paths"]["preflight"] / "preflight.json")["example"]
+    status, answer = call(f"{tumours_url}/predict", {"rows": [example, {"row_digest": "0" * 32}]})
+    assert status == 200, answer
+    deadline = time.monotonic() + 20
+    while answer["request_id"] not in read_log(tumours_home.predictions("tumours"))["request_id"].to_pylist():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    found = check_skew(tumours_home, "tumours")
+    assert found.answers >= 2 and (found.skewed_cells, found.late_cells, found.unchecked) == (0, 0, {})
 
 
 def watched(it: Answered) -> None:
