@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Layout:
     numbers: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         return np.dtype([(c, "<i8") for c in self.times] + [(c, "<f8") for c in self.numbers])
 
@@ -276,10 +277,11 @@ class OnlineStore:
             else:
                 found = as_of(start, columns[TIME], at, t)
             there, safe = found >= 0, np.maximum(found, 0)
+            known, whole = there.any(), there.all()
             picked: Columns = {}
             for name in stored.integers:
-                none = absent(name)
-                picked[name] = np.where(there, columns[name][safe], none) if there.any() else np.full(len(t), none)
+                values = columns[name][safe] if known else np.full(len(t), absent(name))
+                picked[name] = values if whole or not known else np.where(there, values, absent(name))
             for name, kind in stored.values:
                 picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
             raw[stored.view][stored.name] = picked

@@ -55,3 +55,30 @@ def test_pit_join(tmp_path: Path) -> None:
     assert figures["ratio_to_handwritten"] > 0 and figures["peak_rss_ratio_vs_dask"] > 0
     for row in (r for r in body["rows"] if r.get("peer") in ("millrace", "duckdb", "polars")):
         assert row["differing_cells"] == row["lost_rows"] == 0, row
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+@pytest.mark.postgres
+@pytest.mark.timeout(300)
+def test_online(tmp_path: Path) -> None:
+    out = tmp_path / "online.json"
+    command = [sys.executable, "-m", "bench.online", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())["figures"]
+    assert figures["equal_cells"] == figures["cells"] > 1_000
+    assert figures["materialize_speedup"] > 1 and 0 < figures["read_cpu_ratio_vs_sdk"] < 1
+    assert set(figures["read_p99_ms"]) == {"sqlite", "redis", "postgres"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flights(tmp_path: Path) -> None:
+    out = tmp_path / "flights.json"
+    command = [sys.executable, "-m", "bench.flights", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())["figures"]
+    low, high = figures["champion_auc_interval"]
+    assert 0.6 < low < figures["champion_auc"] < high < 0.85 and figures["lightgbm_auc"] > 0.6

@@ -1,0 +1,210 @@
+"""`python -m bench.online`: the served store against stock Feast: five views of real flights, real servers.
+
+Figures: `materialize_speedup` (cells per second of a feed into SQLite, over those of Feast's `materialize` into its SQLite
+store), `read_p99_ms` and `read_p50_ms` of one entity × 5 views while a feed goes on, by store, `read_cpu_ratio_vs_sdk` (CPU
+of the lean read from SQLite over that of `get_online_features` from Feast's SQLite store), `equal_cells`, and of how many.
+"""
+
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from bench.record import options, report
+from features.ingest import ingest, read_table
+from features.online import OnlineStore, feed
+from features.quick_feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
+from features.quick_feast import types as feast
+from features.steps import TIME
+from features.store import online_rows, write_views
+from features.views import absent, stored_views
+from pipelines.clock import Anchor
+from pipelines.flights import write_sample
+from pipelines.home import open_home
+from pipelines.spec import Spec, load_spec
+from tests.servers import postgres_server, redis_server
+
+
+def five_views(spec: Spec) -> Spec:
+    """The spec with five of its window views, each in its shortest window."""
+    names = [n for n, v in spec.features.views.items() if v.window is not None and v.window.last and v.window.key][:5]
+    views = {}
+    for name in names:
+        view = spec.features.views[name]
+        assert view.window is not None
+        views[name] = view.model_copy(update={"window": view.window.model_copy(update={"last": view.window.last[:1]})})
+    return spec.model_copy(update={"features": spec.features.model_copy(update={"views": views, "functions": ()})})
+
+
+def stock(spec: Spec, folder: Path, views: Path) -> FeatureStore:
+    """Feast as it comes: the same tables of steps, its file offline store and its SQLite online store."""
+    folder.mkdir()
+    (folder / "feature_store.yaml").write_text(
+        "project: stock\nprovider: local\nregistry: {path: registry.pb, cache_ttl_seconds: 600}\n"
+        "offline_store: {type: duckdb}\nonline_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+    )
+    kinds = {"string": (feast.String, ValueType.STRING), "int64": (feast.Int64, ValueType.INT64)}
+    columns = spec.row_source.columns
+    objects: list[Any] = []
+    entities: dict[str, Entity] = {}
+    for stored in stored_views(spec):
+        for c in stored.key:
+            entities.setdefault(c, Entity(name=c, join_keys=[c], value_type=kinds[columns[c].type][1]))
+        fields = [Field(name=c, dtype=kinds[columns[c].type][0]) for c in stored.key]
+        fields += [Field(name=c, dtype=feast.Int64) for c in stored.integers]
+        source = FileSource(name=stored.name, path=str(views / f"{stored.name}.parquet"), timestamp_field=TIME)
+        objects.append(FeatureView(name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0),
+                                   schema=fields, source=source))  # fmt: skip
+    store = FeatureStore(repo_path=str(folder))
+    store.apply([*entities.values(), *objects])
+    return store
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def one_read(store: OnlineStore, own: dict[str, np.ndarray], now: int) -> Any:
+    """All views of one entity, as the endpoint looks them up."""
+    with store.reading():
+        return store.views_at(own, np.array([now]))[0]
+
+
+def feeding(spec: Spec, features: Path, place: Path | str, now: int, over: Any) -> None:
+    """Feeds a store again and again until told that it is over."""
+    turn = 0
+    while not over.is_set():
+        turn += 1
+        feed(spec, features, place, Anchor(now + turn, 0), str(turn))
+
+
+def latencies(
+    spec: Spec, features: Path, place: Path | str, rows: list[dict[str, np.ndarray]], now: int, calls: int
+) -> list[float]:  # fmt: skip
+    """Milliseconds of single reads while another process feeds."""
+    spawn = multiprocessing.get_context("spawn")
+    over = spawn.Event()
+    writer = spawn.Process(target=feeding, args=(spec, features, place, now, over))
+    store, times = OnlineStore(spec, place), []
+    writer.start()
+    try:
+        while store.meta()["snapshot"] == "one":
+            time.sleep(0.01)
+        for i in range(calls):
+            began = time.perf_counter()
+            one_read(store, rows[i % len(rows)], now)
+            times.append((time.perf_counter() - began) * 1e3)
+            time.sleep(0.002)
+    finally:
+        over.set()
+        writer.join()
+    return times
+
+
+def main() -> None:
+    """Measures and reports."""
+    told = options("online")
+    folder = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
+    calls, known = (200, 200) if told.quick else (3_000, 1_000)
+    rows: list[dict[str, Any]] = []
+    try:
+        home, spec = open_home(folder / "home"), five_views(load_spec("flights"))
+        write_sample(home.landing("flights"))
+        snapshot = ingest(spec, home)
+        now = snapshot.watermark_us
+        features = folder / "features"
+        tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
+        write_views(spec, tables, features, now - 7 * 86_400_000_000 if told.quick else now - 60 * 86_400_000_000)
+        pq.write_table(online_rows(spec, tables, snapshot), features / "online_rows.parquet")
+
+        began = time.monotonic()
+        feed(spec, features, folder / "served", Anchor(now, 0), "one")
+        ours_s = time.monotonic() - began
+        lean = OnlineStore(spec, folder / "served")
+        cells = sum(len(lean.cells.keys(s.name)) for s in stored_views(spec))
+        fed = cells + len(lean.cells.keys("rows"))
+        theirs = stock(spec, folder / "stock", features / "views")
+        began = time.monotonic()
+        theirs.materialize(datetime(2012, 1, 1, tzinfo=UTC), datetime.fromtimestamp(now / 1e6, UTC) + timedelta(microseconds=1))
+        theirs_s = time.monotonic() - began
+        rows += [{"what": "feed into SQLite", "cells": fed, "seconds": round(ours_s, 3)},
+                 {"what": "Feast materialize into SQLite", "cells": cells, "seconds": round(theirs_s, 3)}]  # fmt: skip
+
+        asked = entities(tables, spec, known)
+        equal, compared = agreement(spec, lean, theirs, asked, now)
+        cpu = cpu_s()
+        for row in asked:
+            one_read(lean, row, now)
+        ours_cpu = cpu_s() - cpu
+        refs = [f"{s.name}:{c}" for s in stored_views(spec) for c in s.integers]
+        sdk = asked[: 50 if told.quick else 300]
+        cpu = cpu_s()
+        for row in sdk:
+            theirs.get_online_features(refs, [plain(spec, row)], full_feature_names=True)
+        theirs_cpu = cpu_s() - cpu
+        ratio = (ours_cpu / len(asked)) / (theirs_cpu / len(sdk))
+
+        p99, p50 = {}, {}
+        with ExitStack() as servers:
+            places: dict[str, Path | str] = {"sqlite": folder / "served"}
+            for name, server in (("redis", redis_server), ("postgres", postgres_server)):
+                places[name] = f"{servers.enter_context(server()).url}#bench/flights"
+                feed(spec, features, places[name], Anchor(now, 0), "one")
+            for name, place in places.items():
+                times = latencies(spec, features, place, asked, now, calls)
+                p99[name], p50[name] = (round(float(np.percentile(times, q)), 3) for q in (99, 50))
+                rows.append({"what": f"read while feeding, {name}", "calls": calls, "p50_ms": p50[name], "p99_ms": p99[name]})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    figures = {
+        "materialize_speedup": round((fed / ours_s) / (cells / theirs_s), 1), "read_p99_ms": p99, "read_p50_ms": p50,
+        "read_cpu_ratio_vs_sdk": round(ratio, 3), "equal_cells": equal, "cells": compared,
+    }  # fmt: skip
+    report("online", figures, rows, told.json)
+
+
+def entities(tables: dict[str, Any], spec: Spec, count: int) -> list[dict[str, np.ndarray]]:
+    """The newest plans whose keys are whole, as frame columns of one row each."""
+    from features.frame import own_columns
+
+    table = tables[spec.rows.source]
+    own = own_columns(spec, table.slice(table.num_rows - 20 * count))
+    keys = sorted({c for s in stored_views(spec) for c in s.key})
+    found = [{c: own[c][i : i + 1] for c in keys} for i in range(len(own[keys[0]])) if all(own[c][i] is not None for c in keys)]
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def plain(spec: Spec, row: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Key columns of one row as Feast takes them."""
+    return {c: int(v[0]) if spec.row_source.columns[c].type == "int64" else v[0] for c, v in row.items()}
+
+
+def agreement(
+    spec: Spec, lean: OnlineStore, theirs: FeatureStore, asked: list[dict[str, np.ndarray]], now: int
+) -> tuple[int, int]:  # fmt: skip
+    """Cells that are the same by the lean read and by Feast's, and of how many."""
+    refs = [f"{s.name}:{c}" for s in stored_views(spec) for c in s.integers]
+    answer = theirs.get_online_features(refs, [plain(spec, row) for row in asked], full_feature_names=True).to_dict()
+    own = {c: np.concatenate([row[c] for row in asked]) for c in asked[0]}
+    raw = lean.views_at(own, np.full(len(asked), now))[0]
+    equal = compared = 0
+    for stored in stored_views(spec):
+        for name in stored.integers:
+            expected = [absent(name) if v is None else v for v in answer[f"{stored.name}__{name}"]]
+            found = raw[stored.view][stored.name][name].tolist()
+            equal, compared = equal + sum(a == b for a, b in zip(found, expected, strict=True)), compared + len(found)
+    return equal, compared
+
+
+if __name__ == "__main__":
+    main()
