@@ -78,15 +78,18 @@ class Facts:
         table = self.tables[source]
         return self._once(("names", source, *key), lambda: text_keys(key_arrays(table, key), table.num_rows))
 
-    def closed_at(self, source: str, closed_by: Sequence[str]) -> np.ndarray:
-        """When a fact with the key of each row was first known in any of the closing sources (N)."""
-        key = self.spec.sources[source].key
-
-        def make() -> np.ndarray:
+    def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""
+        key, table = self.spec.sources[source].key, self.tables[source]
+        if len(rows) > table.num_rows // 4:
             closing = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
-            return first_known(self.names(source, key), closing)
-
-        return self._once(("closed", source, *closed_by), make)
+            return self._once(("closed", source, *closed_by), lambda: first_known(self.names(source, key), closing))[rows]
+        some, closing = table.select([*key]).take(pa.array(rows)), []
+        for name in closed_by:  # a look at one column leaves few to be compared whole
+            facts = self.tables[name].select([*key, KNOWN])
+            facts = facts.filter(pc.is_in(facts[key[0]], value_set=one_chunk(some[key[0]])))
+            closing.append((text_keys(key_arrays(facts, key), facts.num_rows), int_times(facts[KNOWN])))
+        return first_known(text_keys(key_arrays(some, key), len(rows)), closing)
 
 
 def first_known(names: pa.Array, closing: Sequence[tuple[pa.Array, np.ndarray]]) -> np.ndarray:

@@ -47,11 +47,16 @@ class Group:
 
 def group_versions(facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int) -> Group:
     """The versions that have a group key and a time `over`, and whose span may end after `since` (at `ends`)."""
-    keys, codes = grouped(text_keys(key_arrays(facts.table, key), facts.table.num_rows))
-    there = (codes >= 0) & (over != MISSING)
-    row = np.flatnonzero(there & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since))
-    row = row[order_of(codes[row], over[row])]
-    return Group(keys, first_rows(keys, codes), codes[row], over[row], row, facts.known_from[row], facts.known_to[row])
+    alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
+    row = np.flatnonzero(alive)
+    some = facts.table.select([*key])
+    some = some if len(row) == len(alive) else some.take(pa.array(row))
+    keys, codes = grouped(text_keys(key_arrays(some, key), len(row)))
+    row, codes = row[codes >= 0], codes[codes >= 0]
+    order = order_of(codes, over[row])
+    row, codes = row[order], codes[order]
+    first = row[first_rows(keys, codes)]
+    return Group(keys, first, codes, over[row], row, facts.known_from[row], facts.known_to[row])
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
@@ -351,7 +356,7 @@ def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
             steps = window_steps(source, shape, v, group, values, stored.length, ahead=stored.ahead, since=since)
             yield stored, step_table(stored, steps, v.table, group.first)
     else:
-        closed_at = facts.closed_at(shape.source, shape.closed_by)[group.row]
+        closed_at = facts.closed_at(shape.source, shape.closed_by, group.row)
         for stored in views:
             steps = open_steps(group, closed_at, stored.length, since)
             yield stored, step_table(stored, steps, v.table, group.first)
