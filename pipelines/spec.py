@@ -329,7 +329,13 @@ class ClockSpec(Model):
 
     kind: Literal["wall", "data"] = Field("wall", description="wall clock, or data time")
     speed: float = Field(0.0, ge=0, description="data seconds per wall second (data clock)")
-    offset: Duration = Field(0, description="added to the anchor's data time (data clock)")
+    offset: Duration = Field(0, description="added to the anchor's data time (data clock), never negative")
+
+    @model_validator(mode="after")
+    def _forward(self) -> "ClockSpec":
+        if self.offset < 0:
+            raise ValueError("offset must not be negative: the served store has forgotten what was before its last feed")
+        return self
 
 
 class Range(Model):

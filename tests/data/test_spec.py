@@ -128,6 +128,7 @@ def test_a_bad_unit_says_which_exist(folder: Path, item: str, found: str) -> Non
      ("features.views.empty={}", "give exactly one of window, open, latest, sequence"),
      ("sources.deliveries.columns.delay=float64", "'delay' is float64: declare its resolution in the source"),
      ("sources.orders.columns.shop=int64", "'shop' is string in source 'deliveries' and int64 in the rows; a key has one type"),
+     ("clock={kind: data, offset: -1h}", "clock: offset must not be negative: the served store has forgotten what"),
      ("sources.orders.columns._x=int64", "'_x': names that begin with _ are Millrace's own; rename it"),
      ("sources.orders.columns.shop={type: string, min: 1}", "min and max are for numbers, this column is string"),
      ("sources.deliveries.columns.delay={type: int64, min: 2, max: 1}", "min 2 is above max 1: no value would do"),
