@@ -82,3 +82,15 @@ def test_flights(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())["figures"]
     low, high = figures["champion_auc_interval"]
     assert 0.6 < low < figures["champion_auc"] < high < 0.85 and figures["lightgbm_auc"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_windows(tmp_path: Path) -> None:
+    out = tmp_path / "windows.json"
+    command = [sys.executable, "-m", "bench.windows", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())["figures"]
+    assert figures["bit_equal"] and figures["differing_cells"] == 0 and figures["cells"] > 100_000
+    assert figures["speedup_vs_pandas"] > 0 and 0 < figures["incremental_day_ratio"] < 1
