@@ -51,7 +51,10 @@ def expected(facts: list[Row], rows: list[Row], ttl: int) -> list[int | None]:
 
 
 def fact_cases(folder: Path, cases: int) -> Row:
-    """Cells of our store that the oracle denies; values of Feast's that were not known yet, and rows that they lost."""
+    """Cells of our store that the oracle denies; values of Feast's that were not known yet, and rows that they lost.
+
+    `wrong_cells` of Feast's include ties: of two facts that happened and became known together they take either.
+    """
     total: Row = {"what": "random fact tables, every store", "cases": cases, "cells": 0, "mismatches": 0}
     stock = {peer: {"leaked_cells": 0, "dropped_rows": 0, "wrong_cells": 0} for peer in ("feast_dask", "feast_duckdb")}
     for ttl in TTL:
