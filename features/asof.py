@@ -397,8 +397,7 @@ def _newest_known(
 ) -> Ready:  # fmt: skip
     """Any view of Parquet files."""
     stamps = [event_column, created_column] if created_column else [event_column]
-    text = [f.name for f in place.dataset().schema if f.name in key and f.name not in features and pa.types.is_string(f.type)]
-    table = place.dataset(text).to_table(columns=list(dict.fromkeys([*key, *stamps, *features])))
+    table = place.dataset().to_table(columns=list(dict.fromkeys([*key, *stamps, *features])))
     codes = Codes([table[c] for c in key], table.num_rows)
     unit = _unit([table[c] for c in stamps])
     event, *rest = (_times(table[c], unit) for c in stamps)
@@ -502,11 +501,23 @@ class Codes:
         """Codes of keys that are asked for (int64, length)."""
         code = np.zeros(length, np.int64)
         for i, (column, level) in enumerate(zip(columns, self.levels, strict=True)):
-            code = self._both(code, codes_of(column, level), len(level))
+            code = self._both(code, _positions(column, level), len(level))
             if i:
-                code = codes_of(pa.array(code, mask=code < 0), self.pairs[i - 1])
+                code = _positions(pa.array(code, mask=code < 0), self.pairs[i - 1])
         return code
 
     @staticmethod
     def _both(code: np.ndarray, part: np.ndarray, levels: int) -> np.ndarray:
         return np.where((code < 0) | (part < 0), -1, code * levels + part)
+
+
+def _positions(column: pa.Array | pa.ChunkedArray, level: pa.Array) -> np.ndarray:
+    """`codes_of`, by hashing the shorter of the two: few rows may be asked of many keys."""
+    if len(column) >= len(level):
+        return codes_of(column, level)
+    own = one_chunk(column.dictionary_encode())
+    at = codes_of(level, own.dictionary)
+    there = np.flatnonzero(at >= 0)
+    place = np.full(len(own.dictionary) + 1, -1)
+    place[at[there]] = there
+    return place[filled(own.indices, len(own.dictionary))]
