@@ -3,10 +3,7 @@
 A fact is known from the later of its event and created time on; `ttl` is inclusive; equal event times go to the later
 created, then to the later row (of files in the order of their names). Facts without an event or created time are never
 known, and a null key matches nothing. Rows keep their order and number. Views of ours say in their tags how they are
-stored: as steps, read by `steps.as_of`. Any other view of Parquet files, local or on S3, becomes steps when it is read:
-its facts that are the newest of their key when they become known.
-
-Shapes: N facts, Q rows asked for, K keys. Times are int64 µs, or ns where a source has finer ones.
+stored: as steps, read by `steps.as_of`. Any other view of Parquet files, local or on S3, is read by `known`.
 """
 
 import os
@@ -42,9 +39,10 @@ from feast.utils import _get_requested_feature_views_to_features_dict
 from pyarrow import fs
 
 from features.facts import int_times
-from features.keys import codes_of, filled, key_runs, one_chunk, text_keys
-from features.steps import KEY, LIMIT, TIME, as_of, order_of, previous
-from pipelines.clock import MISSING, wall_us
+from features.keys import codes_of, key_runs, text_keys
+from features.known import Codes, instants, newest_known, seen_at, sort_facts, times, unit_of
+from features.steps import KEY, TIME, previous
+from pipelines.clock import wall_us
 from pipelines.errors import MillraceError, nearest
 
 BATCH = 1_000_000  # entity rows that are joined at a time where the result is streamed
@@ -189,10 +187,10 @@ class AsofOfflineStore(OfflineStore):
         stamps = [timestamp_field, created_timestamp_column] if created_timestamp_column else [timestamp_field]
 
         def latest(table: pa.Table) -> pa.Table:
-            unit = _unit([table[c] for c in stamps])
+            unit = unit_of([table[c] for c in stamps])
             code = Codes([table[c] for c in join_key_columns], table.num_rows).stored
             there = np.flatnonzero(code >= 0)
-            order, code, _ = _order(code[there], *(_times(table[c], unit)[there] for c in stamps))
+            order, code, _ = sort_facts(code[there], *(times(table[c], unit)[there] for c in stamps))
             last = np.append(code[1:] != code[:-1], True)[: len(order)]
             found = table.take(pa.array(there[order[last]]))
             if join_key_columns:
@@ -306,19 +304,6 @@ def _time_column(rows: pa.Table) -> str:
     return stamps[0]
 
 
-def _unit(columns: Sequence[pa.ChunkedArray]) -> str:
-    """`us`, or `ns` where a time is finer than that."""
-    fine = [c for c in columns if pa.types.is_timestamp(c.type) and c.type.unit == "ns"]
-    return "ns" if any((filled(one_chunk(c).cast(pa.int64()), 0) % 1000).any() for c in fine) else "us"
-
-
-def _times(column: pa.ChunkedArray, unit: str) -> np.ndarray:
-    """Times in a unit, MISSING where null."""
-    if unit == "us":
-        return int_times(column)
-    return filled(one_chunk(column).cast(pa.timestamp("ns", "UTC")).cast(pa.int64()), MISSING)
-
-
 # Joining
 
 
@@ -361,21 +346,29 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
             raise MillraceError(f"view {view.name!r}: {place.path} has no column {column!r}{nearest(column, schema.names)}")
     columns = [stored[f] for f in features]
     types = [schema.field(stored[c]).type for c in key]
+
+    def keys_of(rows: pa.Table) -> list[pa.ChunkedArray]:
+        return [_as_stored(rows, c, t) for c, t in zip(asked, types, strict=True)]
+
     if kind is None:
-        return _newest_known(place, view.ttl, columns, [stored[c] for c in key], stored[source.timestamp_field], created, asked)
+        stamps = [stored[source.timestamp_field], created] if created else [stored[source.timestamp_field]]
+        table = place.dataset().to_table(columns=list(dict.fromkeys([*(stored[c] for c in key), *stamps, *columns])))
+        event, *rest = (table[c] for c in stamps)
+        facts = newest_known([table[stored[c]] for c in key], event, rest[0] if rest else None, view.ttl)
+        return Ready([table[c] for c in columns], lambda rows: facts.find(keys_of(rows), rows[_time_column(rows)]))
     held = (KEY, TIME, "_order", "_live_to", *columns) if kind == "sequence" else (KEY, TIME, *columns)
     table = place.dataset([KEY]).to_table(columns=list(dict.fromkeys(held)))
     keys, start = key_runs(table[KEY])
     begin = int_times(table[TIME])
 
     def find(rows: pa.Table) -> np.ndarray:
-        names = [_as_stored(rows, c, t) for c, t in zip(asked, types, strict=True)]
-        codes, t = codes_of(text_keys(names, rows.num_rows), keys), int_times(rows[_time_column(rows)])
+        codes = codes_of(text_keys(keys_of(rows), rows.num_rows), keys)
+        t, _ = instants(rows[_time_column(rows)], "us")
         if kind == "sequence":
             order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
             own = int_times(rows[view.tags["millrace.order"]])
             return previous(start, order, begin, live_to, codes, t, own, int(view.tags["millrace.within"]))
-        return _seen(start, begin, codes, t)
+        return seen_at(start, begin, codes, t)
 
     return Ready([table[c] for c in columns], find)
 
@@ -389,135 +382,3 @@ def _as_stored(rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         return rows[name].cast(kind)
     except pa.ArrowInvalid as error:
         raise MillraceError(f"entity column {name!r} is {rows[name].type}, the source has {kind}: {error}") from None
-
-
-def _newest_known(
-    place: Place, ttl: timedelta | None, features: Sequence[str], key: Sequence[str], event_column: str,
-    created_column: str | None, asked: Sequence[str],
-) -> Ready:  # fmt: skip
-    """Any view of Parquet files."""
-    stamps = [event_column, created_column] if created_column else [event_column]
-    table = place.dataset().to_table(columns=list(dict.fromkeys([*key, *stamps, *features])))
-    codes = Codes([table[c] for c in key], table.num_rows)
-    unit = _unit([table[c] for c in stamps])
-    event, *rest = (_times(table[c], unit) for c in stamps)
-    created = rest[0] if rest else event
-    types = [table.schema.field(c).type for c in key]
-    row = np.flatnonzero((codes.stored >= 0) & (event != MISSING) & (created != MISSING))
-    order, code, known = _order(codes.stored[row], np.maximum(event, created)[row], event[row], created[row])
-    row = row[order]
-    event = event[row]
-    newest = _is_newest(_starts(code, codes.count), event)
-    row, known, event = row[newest], known[newest], event[newest]
-    start = _starts(code[newest], codes.count)
-    limit = (ttl or timedelta(0)) // timedelta(microseconds=1) * (1000 if unit == "ns" else 1)
-
-    def find(rows: pa.Table) -> np.ndarray:
-        t, late = _instants(rows[_time_column(rows)], unit)
-        names = [_as_stored(rows, c, kind) for c, kind in zip(asked, types, strict=True)]
-        found = _seen(start, known, codes.of(names, len(t)), t)
-        if not len(row):
-            return found
-        seen = np.maximum(found, 0)
-        alive = found >= 0
-        if limit:
-            alive &= event[seen] >= t + late - limit
-        return np.where(alive, row[seen], -1)
-
-    return Ready([table[c] for c in features], find)
-
-
-def _instants(column: pa.ChunkedArray, unit: str) -> tuple[np.ndarray, np.ndarray | int]:
-    """Times of rows in a unit, rounded down, and what rounding them up would add (1 or 0); MISSING where null."""
-    if unit == "ns" or _unit([column]) == "us":
-        return _times(column, unit), 0
-    t = _times(column, "ns")
-    none = t == MISSING
-    return np.where(none, MISSING, t // 1000), ~none & (t % 1000 > 0)
-
-
-def _order(code: np.ndarray, *by: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions in the order of code (≥ 0, < 2^32), then of each of `by`, stable; code and by[0] in that order.
-
-    Fast where by[0] is nearly sorted and rarely equal.
-    """
-    order = np.arange(len(code)) if (by[0][1:] >= by[0][:-1]).all() else np.argsort(by[0], kind="stable")
-    for shift in range(0, int(code.max(initial=0)).bit_length(), 16):  # numpy sorts 16 bits by counting
-        digit = (code >> shift).astype(np.uint16)
-        order = order[np.argsort(digit[order], kind="stable")]
-    code, first = code[order], by[0][order]
-    same = (code[1:] == code[:-1]) & (first[1:] == first[:-1])
-    if len(by) > 1 and same.any():
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        order[tied] = order[tied][np.lexsort((*(values[order[tied]] for values in by[::-1]), code[tied]))]
-    return order, code, first
-
-
-def _is_newest(start: np.ndarray, event: np.ndarray) -> np.ndarray:
-    """Which facts, in the order of key and known-at, are at least as new as all before of their key (bool, N)."""
-    newest = np.ones(len(event), bool)
-    low, width = int(event.min(initial=0)), int(event.max(initial=0)) - int(event.min(initial=0)) + 1
-    step = max(LIMIT // width, 1)
-    for key in range(0, len(start) - 1, step):  # as many keys as fit into one line of integers
-        part = slice(start[key], start[min(key + step, len(start) - 1)])
-        runs = np.diff(start[key : key + step + 1])
-        line = np.repeat(np.arange(len(runs)) * width, runs) + (event[part] - low)
-        newest[part] = np.maximum.accumulate(line) == line
-    return newest
-
-
-def _starts(code: np.ndarray, count: int) -> np.ndarray:
-    """Where each of `count` keys begins among sorted codes (count + 1)."""
-    return np.append(0, np.cumsum(np.bincount(code, minlength=count)))
-
-
-def _seen(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """`steps.as_of`, asked in order of key and time: a search that moves forward finds its place in the cache."""
-    order = order_of(codes, np.maximum(t, 0))  # no MISSING: its distance to a time is no int64
-    found = np.empty(len(t), np.int64)
-    found[order] = as_of(start, step_t, codes[order], t[order])
-    return found
-
-
-class Codes:
-    """Keys as small integers: equal exactly where all columns are equal, −1 where one is null or not stored."""
-
-    def __init__(self, columns: Sequence[pa.ChunkedArray], length: int) -> None:
-        self.levels: list[pa.Array] = []
-        self.pairs: list[pa.Array] = []  # of a code so far and a level of the next column, as one integer
-        self.stored, self.count = np.zeros(length, np.int64), 1
-        for i, column in enumerate(columns):
-            encoded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-            part = one_chunk(encoded)
-            self.levels.append(part.dictionary)
-            self.stored = self._both(self.stored, filled(part.indices, -1).astype(np.int64), len(part.dictionary))
-            if i:
-                pair = pa.array(self.stored, mask=self.stored < 0).dictionary_encode()
-                self.pairs.append(pair.dictionary)
-                self.stored = filled(pair.indices, -1).astype(np.int64)
-            self.count = len(self.pairs[-1] if i else part.dictionary)
-
-    def of(self, columns: Sequence[pa.ChunkedArray], length: int) -> np.ndarray:
-        """Codes of keys that are asked for (int64, length)."""
-        code = np.zeros(length, np.int64)
-        for i, (column, level) in enumerate(zip(columns, self.levels, strict=True)):
-            code = self._both(code, _positions(column, level), len(level))
-            if i:
-                code = _positions(pa.array(code, mask=code < 0), self.pairs[i - 1])
-        return code
-
-    @staticmethod
-    def _both(code: np.ndarray, part: np.ndarray, levels: int) -> np.ndarray:
-        return np.where((code < 0) | (part < 0), -1, code * levels + part)
-
-
-def _positions(column: pa.Array | pa.ChunkedArray, level: pa.Array) -> np.ndarray:
-    """`codes_of`, by hashing the shorter of the two: few rows may be asked of many keys."""
-    if len(column) >= len(level):
-        return codes_of(column, level)
-    own = one_chunk(column.dictionary_encode())
-    at = codes_of(level, own.dictionary)
-    there = np.flatnonzero(at >= 0)
-    place = np.full(len(own.dictionary) + 1, -1)
-    place[at[there]] = there
-    return place[filled(own.indices, len(own.dictionary))]

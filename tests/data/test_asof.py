@@ -20,7 +20,7 @@ import pytest
 from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType, types
 from pipelines.errors import MillraceError
 
-from features import asof  # isort: skip — after quick_feast
+from features import asof, known  # isort: skip — after quick_feast
 from feast.errors import SavedDatasetLocationAlreadyExists  # isort: skip
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage  # isort: skip
 from feast.on_demand_feature_view import on_demand_feature_view  # isort: skip
@@ -161,15 +161,17 @@ def test_random_facts_as_known(seed: int, repo: Path) -> None:
 
 
 MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "event-time join": ("_order", lambda honest: lambda code, known, event, created: honest(code, event, event, created)),
-    "created-time join": ("_order", lambda honest: lambda code, known, event, created: honest(code, created, event, created)),
-    "newest known, not newest": ("_is_newest", lambda honest: lambda start, event: np.ones(len(event), bool)),
-    "known 1 µs early": ("_seen", lambda honest: lambda start, known, codes, t: honest(start, known, codes, t + 1)),
-    "known 1 µs late": ("_seen", lambda honest: lambda start, known, codes, t: honest(start, known, codes, np.maximum(t, 0) - 1)),
-    "TTL ignored": ("_instants", lambda honest: lambda column, unit: (honest(column, unit)[0], -(2**50))),
-    "TTL exclusive": ("_instants", lambda honest: lambda column, unit: (honest(column, unit)[0], 1)),
+    "event-time join": ("sort_facts", lambda honest: lambda code, known, event, created: honest(code, event, event, created)),
+    "created-time join": ("sort_facts", lambda honest: lambda code, known, event, created: honest(code, created, event, created)),
+    "newest known, not newest": ("is_newest", lambda honest: lambda start, event: np.ones(len(event), bool)),
+    "known 1 µs early": ("seen_at", lambda honest: lambda start, known, codes, t: honest(start, known, codes, t + 1)),
+    "known 1 µs late": (
+        "seen_at", lambda honest: lambda start, known, codes, t: honest(start, known, codes, np.maximum(t, 0) - 1),
+    ),
+    "TTL ignored": ("instants", lambda honest: lambda column, unit: (honest(column, unit)[0], -(2**50))),
+    "TTL exclusive": ("instants", lambda honest: lambda column, unit: (honest(column, unit)[0], 1)),
     "correction ignored": (
-        "_is_newest", lambda honest: lambda start, event: honest(start, event) & (np.diff(event, prepend=-1) != 0),
+        "is_newest", lambda honest: lambda start, event: honest(start, event) & (np.diff(event, prepend=-1) != 0),
     ),
     "null key matched": (
         "_as_stored", lambda honest: lambda rows, name, kind: honest(rows, name, kind).fill_null("a" if name == "s" else 0),
@@ -180,7 +182,8 @@ MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_caught(mutant: str, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, plant = MUTANTS[mutant]
-    monkeypatch.setattr(asof, name, plant(getattr(asof, name)))
+    module = asof if name == "_as_stored" else known
+    monkeypatch.setattr(module, name, plant(getattr(module, name)))
     assert any(wrong_cells(seed, repo) for seed in range(60))
 
 
