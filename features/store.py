@@ -204,6 +204,7 @@ def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
         f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
         "offline_store: {type: features.asof.AsofOfflineStore}\n"
         f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
+        "materialization: {pull_latest_features: true}\n"
     )
     entities: dict[str, Entity] = {}
     packing = layouts(spec)
