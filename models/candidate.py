@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from models.job import Job, Outcome, Progress
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
+from pipelines.home import give_back_memory
 from pipelines.manifest import Note, code_digest, digest_of, file_digest, read_json, write_json, write_page
 from pipelines.spec import Spec
 
@@ -32,7 +33,8 @@ def train_candidates(
     cut for the ranks, and MillraceError where the network diverges or its ranks die too often.
     """
     start_zygote()  # it imports while the rows are read
-    data = load_training_set(data_folder)
+    data = replace(load_training_set(data_folder), frame={})  # only what models read is kept
+    give_back_memory()
     # a run that is taken up with other code, or rows made by other code, does not resume from what those left
     work /= digest_of([code_digest("models"), file_digest(data_folder / "frame.parquet")])[:16]
     best = read_json(study / "best.json")
