@@ -14,6 +14,7 @@ from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses, make_buses
+from tests.servers import NotInstalled
 
 _made: list[str] = []
 
@@ -77,3 +78,21 @@ def tumours_url(tumours_home: Home) -> Iterator[str]:
     assert done.code == 0, done.err
     yield done.answer["url"]
     millrace(tumours_home.root, "down", "tumours")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Any:
+    """A server that is not installed skips its tests; CI installs all of them."""
+    return (yield from _unless_missing())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Any:
+    return (yield from _unless_missing())
+
+
+def _unless_missing() -> Any:
+    try:
+        return (yield)
+    except NotInstalled as missing:
+        pytest.skip(str(missing))

@@ -16,6 +16,10 @@ from deploy.process import free_port
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), Path("/nowhere"))
 
 
+class NotInstalled(Exception):
+    """The server's package is missing on this machine; CI installs it."""
+
+
 @dataclass
 class Server:
     """A server that can be killed and started again on the same port, with the same data."""
@@ -45,7 +49,9 @@ class Server:
 
 @contextmanager
 def redis_server() -> Iterator[Server]:
-    """An empty Redis."""
+    """An empty Redis. Raises NotInstalled."""
+    if shutil.which("redis-server") is None:
+        raise NotInstalled("redis-server is not installed (Debian: apt-get install redis-server)")
     port, folder = free_port(), tempfile.mkdtemp(prefix="millrace-redis-")
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--appendonly", "yes", "--save", ""]
     server = Server(command, port, f"redis://127.0.0.1:{port}/0")
@@ -59,7 +65,9 @@ def redis_server() -> Iterator[Server]:
 
 @contextmanager
 def postgres_server() -> Iterator[Server]:
-    """An empty Postgres; it refuses to run as root."""
+    """An empty Postgres; it refuses to run as root. Raises NotInstalled."""
+    if not POSTGRES.exists():
+        raise NotInstalled("initdb is not installed (Debian: apt-get install postgresql)")
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="millrace-postgres-"))
     user = "postgres" if os.geteuid() == 0 else None
     if user:
