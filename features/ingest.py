@@ -61,8 +61,10 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     try:
         for name, path in found.items():
             index[name] = _entry(spec, home, name, path, index.get(name), taken)
-    finally:
+    except Refused:
         write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
+        raise
+    write_json(index_path, {"files": index})
     return _publish(spec, home, index, new)
 
 
