@@ -186,6 +186,8 @@ class OnlineStore:
 
     def __init__(self, spec: Spec, store: Path | str) -> None:
         self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
+        if isinstance(store, Path) and not (store / "store.sqlite").exists():
+            raise MillraceError(f"the served store {store} is not there: run `millrace run {spec.pipeline}` to feed it")
         self.cells, self.reads = open_cells(store), 0
         self.format = layout_digest(spec)
         self.last = self.check_format()  # what was known of the store when it was read last
