@@ -82,8 +82,12 @@ class Facts:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""
         key, table = self.spec.sources[source].key, self.tables[source]
         if len(rows) > table.num_rows // 4:
-            closing = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
-            return self._once(("closed", source, *closed_by), lambda: first_known(self.names(source, key), closing))[rows]
+
+            def make() -> np.ndarray:
+                every = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
+                return first_known(self.names(source, key), every)
+
+            return self._once(("closed", source, *closed_by), make)[rows]
         some, closing = table.select([*key]).take(pa.array(rows)), []
         for name in closed_by:  # a look at one column leaves few to be compared whole
             facts = self.tables[name].select([*key, KNOWN])

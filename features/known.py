@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from features.facts import int_times
 from features.keys import codes_of, filled, one_chunk
-from features.steps import LIMIT, as_of, order_of
+from features.steps import as_of, is_newest, order_of, starts
 from pipelines.clock import MISSING
 
 
@@ -100,30 +100,9 @@ def sort_facts(code: np.ndarray, *by: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return order, code, first
 
 
-def is_newest(start: np.ndarray, event: np.ndarray) -> np.ndarray:
-    """Which facts, in the order of key and known-at, are at least as new as all before of their key (bool, N)."""
-    newest = np.ones(len(event), bool)
-    if not len(event):
-        return newest
-    low = int(event.min())
-    width = int(event.max()) - low + 1
-    step = max(LIMIT // width, 1)
-    for key in range(0, len(start) - 1, step):  # as many keys as fit into one line of integers
-        part = slice(start[key], start[min(key + step, len(start) - 1)])
-        runs = np.diff(start[key : key + step + 1])
-        line = np.repeat(np.arange(len(runs)) * width, runs) + (event[part] - low)
-        newest[part] = np.maximum.accumulate(line) == line
-    return newest
-
-
-def starts(code: np.ndarray, count: int) -> np.ndarray:
-    """Where each of `count` keys begins among sorted codes (count + 1)."""
-    return np.append(0, np.cumsum(np.bincount(code, minlength=count)))
-
-
 def seen_at(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarray) -> np.ndarray:
     """`steps.as_of`, asked in order of key and time: a search that moves forward finds its place in the cache."""
-    order = order_of(codes, np.maximum(t, 0))  # no MISSING: its distance to a time is no int64
+    order = order_of(codes, t)
     found = np.empty(len(t), np.int64)
     found[order] = as_of(start, step_t, codes[order], t[order])
     return found

@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from features.steps import as_of, bisect, order_of
+from features.steps import as_of, bisect, order_of, starts
 from pipelines.clock import NEVER
 
 
@@ -28,7 +28,7 @@ def first_live(
     if not plain.all():
         some = np.flatnonzero(torn[code])
         changed, since, winner = changes(code[some], enter[some], leave[some], rank[some])
-        newest = as_of(np.searchsorted(changed, np.arange(keys + 1)), since, at[~plain], t[~plain])
+        newest = as_of(starts(changed, keys), since, at[~plain], t[~plain])
         found[~plain] = np.where(newest >= 0, np.append(some, -1)[winner[newest]], -1) if len(winner) else -1
     return np.where(found >= 0, order[found], -1)
 
@@ -37,7 +37,7 @@ def _in_turn(
     code: np.ndarray, enter: np.ndarray, leave: np.ndarray, rank: np.ndarray, at: np.ndarray, t: np.ndarray, torn: np.ndarray
 ) -> np.ndarray:  # fmt: skip
     """The same for keys whose facts leave in the order in which they came: those live at t are neighbours."""
-    start = np.searchsorted(code, np.arange(len(torn) + 1))
+    start = starts(code, len(torn))
     hi = bisect(start, enter, at, t, right=True)
     # bisect takes sorted runs: those of torn keys are not asked for
     lo = bisect(start, np.where(torn[code], enter, leave), at, t, right=True)

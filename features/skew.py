@@ -15,7 +15,7 @@ from features.frame import is_missing
 from features.ingest import ARROW, Snapshot, read_table
 from features.keys import codes_of, grouped, key_arrays, request_key, text_keys
 from features.online import RECENT
-from features.steps import as_of, order_of
+from features.steps import as_of, order_of, starts
 from features.store import build_features, defs_digest, historical_features
 from pipelines.clock import DAY_US, MISSING
 from pipelines.home import Home
@@ -55,7 +55,7 @@ def asked_rows(spec: Spec, table: pa.Table, asked: Asked, t: np.ndarray) -> pa.T
     codes = codes_of(text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows), keys)
     stored = np.flatnonzero(codes >= 0)
     stored = stored[order_of(codes[stored], v.known_from[stored])]
-    start = np.searchsorted(codes[stored], np.arange(len(keys) + 1))
+    start = starts(codes[stored], len(keys))
     found = as_of(start, v.known_from[stored], wanted, t)
     given = pa.table({name: _given(column.type, [row.get(name) for row in asked]) for name, column in columns.items()})
     both = pa.concat_tables([v.table.select(given.column_names), given])

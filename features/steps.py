@@ -33,9 +33,30 @@ def order_of(codes: np.ndarray, t: np.ndarray) -> np.ndarray:
     if not len(t):
         return np.zeros(0, np.int64)
     low, high = int(t.min()), int(t.max())
-    if (int(codes.max()) + 1) * (high - low + 1) < LIMIT:
+    if max(int(codes.max()) + 1, 1) * (high - low + 1) < LIMIT:
         return np.argsort(codes * (high - low + 1) + (t - low), kind="stable")
     return np.lexsort((t, codes))
+
+
+def starts(code: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` keys begins among sorted codes (count + 1)."""
+    return np.append(0, np.cumsum(np.bincount(code, minlength=count)))
+
+
+def is_newest(start: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """Which facts, in the order of key and known-at, are at least as new as all before of their key (bool, N)."""
+    newest = np.ones(len(event), bool)
+    if not len(event):
+        return newest
+    low = int(event.min())
+    width = int(event.max()) - low + 1
+    step = max(LIMIT // width, 1)
+    for key in range(0, len(start) - 1, step):  # as many keys as fit into one line of integers
+        part = slice(start[key], start[min(key + step, len(start) - 1)])
+        runs = np.diff(start[key : key + step + 1])
+        line = np.repeat(np.arange(len(runs)) * width, runs) + (event[part] - low)
+        newest[part] = np.maximum.accumulate(line) == line
+    return newest
 
 
 def bisect(start: np.ndarray, values: np.ndarray, codes: np.ndarray, x: np.ndarray, *, right: bool) -> np.ndarray:
@@ -102,7 +123,7 @@ def accumulate(keys: pa.Array, codes: np.ndarray, moves: Sequence[Move]) -> Step
     code, t = code[order], t[order]
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t = code[last], t[last]
-    start = np.searchsorted(code, np.arange(len(keys) + 1))
+    start = starts(code, len(keys))
     columns: Columns = {}
     for name in dict.fromkeys(name for _, _, values in moves for name in values):
         parts = [values[name][counts] if name in values else np.zeros(np.count_nonzero(counts), np.int64)

@@ -139,7 +139,7 @@ def derive(
     source = spec.sources[shape.source]
     found: Columns = {}
     if isinstance(shape, Window):
-        lengths = {stored.name: stored.length for stored in stored_views(spec)} if shape.ewm else {}
+        lengths = {f"{name}_{duration_text(length)}": length for length in shape.last}
         for prefix, columns in raw.items():
             if shape.count:
                 found[f"{prefix}__count"] = columns["_count"].astype(np.float64)

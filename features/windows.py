@@ -24,7 +24,7 @@ import pyarrow as pa
 from features.facts import Columns, Facts, Versions, floats, holds, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from features.ranked import changes, first_live
-from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, order_of
+from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
 from features.views import EWM, Stored, held, resolution, stored_views
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
@@ -98,30 +98,47 @@ def edges(over: np.ndarray, length: int, *, ahead: bool) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class Ranked:
-    """Columns of a window view that are taken from the live fact that ranks first (N facts; MISSING for null)."""
+    """Columns of a window view that are taken from the live fact that ranks first.
 
+    `at`: which facts of the group take part; `rank` and `values` (MISSING for null) are theirs.
+    """
+
+    at: np.ndarray
     rank: np.ndarray
-    counts: np.ndarray  # which facts take part
     values: Columns
 
 
-def ranked_values(source: Source, shape: Window, facts: Versions, group: Group) -> list[Ranked]:
-    """What the least, greatest and newest values of a window view are taken from."""
-    found = []
-    at = pa.array(group.row)
+@dataclass(frozen=True)
+class WindowFacts:
+    """What each fact of a group (N) gives to a window view, whatever the window's length.
+
+    `numbers`: columns in whole steps of their resolution, MISSING for null; `distinct`: codes of values, −1 for null.
+    """
+
+    group: Group
+    sums: Columns
+    numbers: Columns
+    ranked: list[Ranked]
+    distinct: Columns
+
+
+def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -> WindowFacts:
+    """Reads the columns of a window view once."""
+    at, numbers = pa.array(group.row), {}
+    for name in dict.fromkeys((*shape.min, *shape.max, *shape.newest, *(shape.ewm.columns if shape.ewm else ()))):
+        values = floats(facts.table[name].take(at))
+        numbers[name] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
+    ranked = []
     for suffix, sign, columns in (("min", -1, shape.min), ("max", 1, shape.max)):
         for name in columns:
-            values = floats(facts.table[name].take(at))
-            steps = _scaled(values, source, name, 1)
-            found.append(Ranked(_ranks(sign * steps), ~np.isnan(values), {f"_{name}_{suffix}": steps}))
-    taken: Columns = {"_newest": group.over} if shape.since else {}
-    for name in shape.newest:
-        values = floats(facts.table[name].take(at))
-        taken[f"_{name}_newest"] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
+            some = np.flatnonzero(numbers[name] != MISSING)
+            ranked.append(Ranked(some, _ranks(sign * numbers[name][some]), {f"_{name}_{suffix}": numbers[name][some]}))
+    taken = {f"_{name}_newest": numbers[name] for name in shape.newest} | ({"_newest": group.over} if shape.since else {})
     if taken:
         rank = _ranks(group.over, group.known_from, facts.fact[group.row])
-        found.append(Ranked(rank, np.ones(len(rank), bool), taken))
-    return found
+        ranked.append(Ranked(np.arange(len(rank)), rank, taken))
+    distinct = {name: grouped(one_chunk(facts.table[name].take(at)))[1] for name in shape.nunique}
+    return WindowFacts(group, window_values(source, shape, facts.table, group.row), numbers, ranked, distinct)
 
 
 def _ranks(*by: np.ndarray) -> np.ndarray:
@@ -131,29 +148,28 @@ def _ranks(*by: np.ndarray) -> np.ndarray:
     return rank
 
 
-def window_steps(
-    source: Source, shape: Window, facts: Versions, group: Group, values: Columns, length: int, *, ahead: bool, since: int
-) -> Steps:  # fmt: skip
+def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, since: int) -> Steps:
     """Steps of a window view: aggregates of the facts in (t − w, t], or in (t, t + w] when `ahead`."""
+    group = of.group
     begin, end = edges(group.over, length, ahead=ahead)
     enter = np.maximum(np.maximum(group.known_from, begin), since)
     leave = np.minimum(group.known_to, end)
-    moves = _span(enter, leave, values)
+    moves = _span(enter, leave, of.sums)
     if shape.ewm is not None:
-        moves += ewm_moves(source, shape.ewm, facts, group, enter, leave, length)
+        moves += ewm_moves(shape.ewm, of, enter, leave, length)
     steps = accumulate(group.keys, group.code, moves)
     most = int(steps.columns["_count"].max(initial=0))
     for name, value in ((n, v) for _, _, columns in moves for n, v in columns.items()):
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
     at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
-    for name in shape.nunique:
-        steps.columns[f"_{name}_nunique"] = distinct(facts.table[name], group, enter, leave, at, steps.t)
-    for ranked in ranked_values(source, shape, facts, group):
-        some = np.flatnonzero(ranked.counts)
-        first = first_live(group.code[some], enter[some], leave[some], _ranks(ranked.rank[some]), at, steps.t, len(group.keys))
+    for name, values in of.distinct.items():
+        steps.columns[f"_{name}_nunique"] = distinct(values, group, enter, leave, at, steps.t)
+    for ranked in of.ranked:
+        some = ranked.at
+        first = first_live(group.code[some], enter[some], leave[some], ranked.rank, at, steps.t, len(group.keys))
         for name, column in ranked.values.items():
-            steps.columns[name] = np.append(column[some], MISSING)[first]
+            steps.columns[name] = np.append(column, MISSING)[first]
     return steps
 
 
@@ -164,35 +180,32 @@ def _span(enter: np.ndarray, leave: np.ndarray, values: Columns) -> list[Move]:
     return [(enter, stays, values), (leave, stays & (leave < NEVER), less)]
 
 
-def ewm_moves(
-    source: Source, ewm: Ewm, facts: Versions, group: Group, enter: np.ndarray, leave: np.ndarray, length: int
-) -> list[Move]:  # fmt: skip
+def ewm_moves(ewm: Ewm, of: WindowFacts, enter: np.ndarray, leave: np.ndarray, length: int) -> list[Move]:
     """Sums of weights and weighted values, anchored at the edges of buckets as long as the window.
 
     A weight doubles with each half-life from the edge on, in 1,024 steps, as a whole number. A window touches the bucket
     of t and the one before, which are summed apart, so nothing is ever rescaled: sums stay exact.
     """
-    edge = group.over // length * length
-    age = (group.over - edge) * 1024 // ewm.half_life
+    edge = of.group.over // length * length
+    age = (of.group.over - edge) * 1024 // ewm.half_life
     weight = np.array([round(2**16 * 2 ** (k / 1024)) for k in range(1024)])[age % 1024] << (age // 1024)
     now: Columns = {}
     for name in ewm.columns:
-        values = floats(facts.table[name].take(pa.array(group.row)))
-        now[f"_{name}_{EWM[0]}"] = np.where(np.isnan(values), 0, weight)
-        scaled = _scaled(values, source, name, 1)
-        if len(scaled) and not float(np.abs(scaled).max()) * float(weight.max()) < LIMIT:
+        there = of.numbers[name] != MISSING
+        steps = np.where(there, of.numbers[name], 0)
+        if len(steps) and not float(np.abs(steps).max()) * float(weight.max()) < LIMIT:
             raise MillraceError(f"ewm of {name!r} may overflow: give its column a coarser resolution")
-        now[f"_{name}_{EWM[1]}"] = scaled * weight
+        now[f"_{name}_{EWM[0]}"] = np.where(there, weight, 0)
+        now[f"_{name}_{EWM[1]}"] = steps * weight
     before = {f"{name}_before": value for name, value in now.items()}
     turn = edge + length
     return _span(enter, np.minimum(leave, turn), now) + _span(np.maximum(enter, turn), leave, before)
 
 
 def distinct(
-    column: pa.ChunkedArray, group: Group, enter: np.ndarray, leave: np.ndarray, at: np.ndarray, t: np.ndarray
+    values: np.ndarray, group: Group, enter: np.ndarray, leave: np.ndarray, at: np.ndarray, t: np.ndarray
 ) -> np.ndarray:  # fmt: skip
-    """Distinct non-null values among the live facts of each key (code `at`) at each instant (Q)."""
-    values = grouped(one_chunk(column.take(pa.array(group.row))))[1]
+    """Distinct values (codes, N) among the live facts of each key (code `at`) at each instant (Q)."""
     there = np.flatnonzero((values >= 0) & (enter < leave))
     width = int(values.max(initial=0)) + 1
     pairs, pair = np.unique(group.code[there] * width + values[there], return_inverse=True)
@@ -238,12 +251,8 @@ def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     swept = np.isin(codes[usable], moved)
     plain = usable[~swept]
     order = plain[np.lexsort((facts.fact[plain], event[plain], facts.known_from[plain], codes[plain]))]
-    code, row = codes[order], order
-    first = np.append(True, code[1:] != code[:-1]) if len(code) else np.zeros(0, bool)
-    best = _running_max(event[order], first)
-    newest = event[order] >= best
-    code, row = code[newest], row[newest]
-    t = facts.known_from[row]
+    row = order[is_newest(starts(codes[order], len(keys)), event[order])]
+    code, t = codes[row], facts.known_from[row]
     torn = usable[swept]
     rank = _ranks(event[torn], facts.known_from[torn], facts.fact[torn])
     code_2, t_2, first = changes(codes[torn], facts.known_from[torn], facts.known_to[torn], rank)
@@ -257,18 +266,7 @@ def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
     code, t, row, seen = code[order], t[order], row[order], seen[order]
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t, row, seen = code[last], t[last], row[last], seen[last]
-    return Steps(keys, np.searchsorted(code, np.arange(len(keys) + 1)), t, {"row": row, "_event": seen})
-
-
-def _running_max(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Running maximum that begins anew where `first` is true."""
-    if len(values) == 0:
-        return values
-    ranks = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    group = np.cumsum(first) - 1
-    width = int(ranks.max()) + 1
-    top = np.maximum.accumulate(ranks + group * width) - group * width
-    return np.sort(np.unique(values))[top]
+    return Steps(keys, starts(code, len(keys)), t, {"row": row, "_event": seen})
 
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -304,7 +302,7 @@ def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     keep = np.append(True, (code[1:] != code[:-1]) | (t[1:] != t[:-1]))[: len(code)]
     code, t = code[keep], t[keep]
     until = np.append(np.where(code[1:] == code[:-1], t[1:], NEVER), NEVER)[: len(code)]
-    plan = as_of(_starts(plans.fact, len(keys)), plans.known_from, code, t)
+    plan = as_of(starts(plans.fact, len(keys)), plans.known_from, code, t)
     due = int_times(plans.table[shape.order])[np.maximum(plan, 0)] if len(plan) else plan
     chains, chain_of = grouped(text_keys(key_arrays(plans.table, shape.key), plans.table.num_rows))
     chain = np.where(plan >= 0, chain_of[np.maximum(plan, 0)], -1) if len(plan) else plan
@@ -317,15 +315,11 @@ def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     for name, v in others.items():
         rows = np.flatnonzero(codes[name] >= 0)
         rows = rows[order_of(codes[name][rows], v.known_from[rows])]
-        found = as_of(_starts(codes[name][rows], len(keys)), v.known_from[rows], code, t)
+        found = as_of(starts(codes[name][rows], len(keys)), v.known_from[rows], code, t)
         take = pa.array(rows[np.maximum(found, 0)] if len(rows) else found, mask=found < 0)
         for column in shape.facts[name]:
             columns[f"_{name}_{column}"] = pa.array(floats(v.table[column].take(take)), from_pandas=True)
     return pa.table({KEY: repeated(chains, chain), **columns, "_order": due, "_live_to": until, TIME: stamps(t)})
-
-
-def _starts(sorted_codes: np.ndarray, n_keys: int) -> np.ndarray:
-    return np.searchsorted(sorted_codes, np.arange(n_keys + 1))
 
 
 def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
@@ -351,9 +345,9 @@ def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
     longest = max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
     group = group_versions(v, shape.key, over, over + longest, since)
     if isinstance(shape, Window):
-        values = window_values(source, shape, v.table, group.row)
+        of = window_facts(source, shape, v, group)
         for stored in views:
-            steps = window_steps(source, shape, v, group, values, stored.length, ahead=stored.ahead, since=since)
+            steps = window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
             yield stored, step_table(stored, steps, v.table, group.first)
     else:
         closed_at = facts.closed_at(shape.source, shape.closed_by, group.row)
