@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.bundle import load_bento
 from features.ingest import Snapshot, read_snapshot
-from features.online import feed, served_store
+from features.online import feed, is_fed, served_store
 from features.rows import seen_until
 from features.store import FeatureSet, build_features, defs_digest
 from pipelines.clock import Anchor, iso, wall_us
@@ -144,9 +144,11 @@ def feed_all(
     for release in released(home, pipeline)[-KEPT:]:
         spec = bento_spec(home, release)
         defs = defs_digest(spec)
-        mine = built is not None and built.defs_digest == defs
-        features = built if built and mine else build_features(spec, home, snapshot, since=anchor.data_us)
         store = served_store(at, pipeline, home.online(pipeline, defs))
+        if is_fed(spec, store, anchor, snapshot.digest):
+            continue
+        same = built is not None and built.defs_digest == defs
+        features = built if built and same else build_features(spec, home, snapshot, since=anchor.data_us)
         if feed(spec, home.root / features.path, store, anchor, snapshot.digest):
             fed.append(release.release)
     if fed:

@@ -17,7 +17,6 @@ import os  # noqa: E402
 import time  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
-from contextlib import suppress  # noqa: E402
 from typing import Any  # noqa: E402
 
 import bentoml  # noqa: E402
@@ -58,9 +57,8 @@ class Endpoint:
             resolve(function.call)  # now, not at the first request: a bento that lacks it is refused
         self.features = feature_list(self.spec)
         self.key_fields, self.feature_fields = key_fields(self.spec), feature_fields(self.features)
-        told = os.environ.get("MILLRACE_ONLINE", "")
-        folder = Path(told) if told else home / "online" / self.spec.pipeline / self.defs[:16]
-        self.store = OnlineStore(self.spec, told if "://" in told else folder)
+        folder = home / "online" / self.spec.pipeline / self.defs[:16]
+        self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder)
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         self.log = PredictionLog(
             log_root, list(self.preprocess.numbers), list(self.preprocess.categories), self.spec.serve.log_flush
@@ -153,8 +151,7 @@ class Endpoint:
 
     def info(self) -> dict[str, Any]:
         """What answers here."""
-        with suppress(StoreDown):
-            self.store.anchor()
+        self._anchor()
         meta = self.store.last
         return {
             "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,9 +26,12 @@ Decide = Callable[[Meta], tuple[Meta, Iterator[Cell]] | None]  # from what is th
 class StoreDown(MillraceError):
     """The server that holds the served store does not answer."""
 
+    def __init__(self, place: str, error: Exception) -> None:
+        super().__init__(f"the served store at {place} does not answer ({str(error).strip()[:120]}); start it")
 
-class Cells(Protocol):
-    """One served store."""
+
+class Held(Protocol):
+    """What one served store holds."""
 
     def meta(self) -> Meta:
         """What the last feed wrote about itself; empty before the first."""
@@ -42,6 +45,10 @@ class Cells(Protocol):
     def keys(self, view: str) -> list[str]:
         """Every key of a view, in order."""
 
+
+class Cells(Held, Protocol):
+    """One served store, to be written too."""
+
     def feed(self, decide: Decide) -> bool:
         """Replaces everything by what `decide` gives; False where that is None."""
 
@@ -53,7 +60,7 @@ class Cells(Protocol):
 
 
 class NoCells:
-    """Nothing but what was known of a store when it was read last."""
+    """Nothing but what was known of a store when it was read last; nothing at all where there is none."""
 
     def __init__(self, last: Meta) -> None:
         self.last = last
@@ -71,20 +78,34 @@ class NoCells:
     def keys(self, view: str) -> list[str]:
         return []
 
-    def feed(self, decide: Decide) -> bool:
-        return False
 
-    def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
-        raise StoreDown("the served store does not answer")
+def open_cells(store: Path | str) -> Held:
+    """What a store holds, for a reader. Folders and URLs are as in `writable_cells`."""
+    folder = _folder(store)
+    if folder is None:
+        return _remote(str(store))
+    return SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else NoCells({})
 
-    def drop(self, view: str) -> None:
-        raise StoreDown("the served store does not answer")
+
+def writable_cells(store: Path | str) -> Cells:
+    """The cells in a folder, or behind a URL that ends in `#NAME`; $NAMES in a URL are taken from the environment."""
+    folder = _folder(store)
+    return _remote(str(store)) if folder is None else SqliteCells(folder, write=True)
 
 
-def open_cells(store: Path | str, *, write: bool = False) -> Cells:
-    """The cells of a folder, or of a URL that ends in `#NAME`. Raises MillraceError where nothing was fed to read."""
-    if isinstance(store, Path):
-        return SqliteCells(store, write=write)
+def place_of(store: Path | str) -> str:
+    """A store as a message names it: without user and password."""
+    if _folder(store) is not None:
+        return str(store)
+    at = urlsplit(str(store))
+    return f"{at.scheme}://{at.hostname or ''}{f':{at.port}' if at.port else ''}{at.path}"
+
+
+def _folder(store: Path | str) -> Path | None:
+    return None if "://" in str(store) else Path(store)
+
+
+def _remote(store: str) -> Cells:
     url, _, name = os.path.expandvars(store).rpartition("#")
     return RedisCells(url, name) if url.startswith("redis") else PostgresCells(url, name)
 
@@ -92,19 +113,19 @@ def open_cells(store: Path | str, *, write: bool = False) -> Cells:
 class SqliteCells:
     """A file in a folder. Not shared between threads."""
 
+    FILE = "store.sqlite"
+
     def __init__(self, folder: Path, *, write: bool) -> None:
-        path = folder / "store.sqlite"
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode=WAL")
-            for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
-                          "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
-                self.db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
-        else:
-            if not path.exists():
-                raise MillraceError(f"the served store {path} is not there: run `millrace run` to feed it")
+        path = folder / self.FILE
+        if not write:
             self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        self.db.execute("PRAGMA journal_mode=WAL")
+        for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
+                      "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
 
     def meta(self) -> Meta:
         return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
@@ -131,26 +152,26 @@ class SqliteCells:
         return [key for (key,) in self.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (view,))]
 
     def feed(self, decide: Decide) -> bool:
-        try:
-            self.db.execute("BEGIN IMMEDIATE")
+        with closing(self.db), self._writing():
             new = decide(self.meta())
             if new is None:
                 return False
             self.db.execute("DELETE FROM cells WHERE view NOT LIKE ?", (f"{FEAST}%",))
             self.db.executemany("INSERT INTO cells VALUES (?, ?, ?)", new[1])
             self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", new[0].items())
-            self.db.execute("COMMIT")
             return True
-        finally:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            self.db.close()
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writing():
             new = _newer(self.get([(view, [*packed])])[0], packed, newer)
             self.db.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", ((view, k, b) for k, b in new.items()))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction that no other writer is in."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
             self.db.execute("COMMIT")
         finally:
             if self.db.in_transaction:
@@ -170,7 +191,7 @@ class RedisCells:
         import redis
 
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-        self.name, self.place = f"millrace:{name}", _place(url)
+        self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
         self.seen: Meta | None = None  # while `reading`
 
@@ -202,7 +223,7 @@ class RedisCells:
             return sorted(k.decode() for k in self.db.hkeys(self._hash(self.meta(), view)))
 
     def feed(self, decide: Decide) -> bool:
-        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
+        with self._writing():
             old = self.meta()
             new = decide(old)
             if new is None:
@@ -228,7 +249,7 @@ class RedisCells:
             return True
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
-        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
+        with self._writing():
             if new := _newer(self.get([(view, [*packed])])[0], packed, newer):
                 self.db.hset(self._hash({}, view), mapping=new)
 
@@ -240,11 +261,17 @@ class RedisCells:
         return f"{self.name}:{view}" if view.startswith(FEAST) else f"{self.name}:{meta.get('generation', '')}:{view}"
 
     @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A while in which there is no other writer."""
+        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
+            yield
+
+    @contextmanager
     def _answering(self) -> Iterator[None]:
         try:
             yield
         except self.errors as error:
-            raise StoreDown(f"the served store at {self.place} does not answer ({str(error)[:120]}); start it") from None
+            raise StoreDown(self.place, error) from None
 
 
 class PostgresCells:
@@ -257,7 +284,7 @@ class PostgresCells:
     """
 
     def __init__(self, url: str, name: str) -> None:
-        self.url, self.name, self.place = url, name, _place(url)
+        self.url, self.name, self.place = url, name, place_of(url)
         self.db: Any = None
         self.inside = False  # a transaction of reads
 
@@ -332,7 +359,7 @@ class PostgresCells:
                 db.execute(self.TABLES)
                 yield db
         except psycopg.OperationalError as error:
-            raise self._down(error) from None
+            raise StoreDown(self.place, error) from None
 
     def _ask(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of a query. A connection that was lost since the last one is made again."""
@@ -350,17 +377,8 @@ class PostgresCells:
             self.db = None
             if held and not self.inside:
                 return self._ask(query, values)
-            raise self._down(error) from None
-
-    def _down(self, error: Exception) -> StoreDown:
-        return StoreDown(f"the served store at {self.place} does not answer ({str(error).strip()[:120]}); start it")
+            raise StoreDown(self.place, error) from None
 
 
 def _newer(held: dict[str, bytes], packed: dict[str, bytes], newer: Newer) -> dict[str, bytes]:
     return {key: rows for key, rows in packed.items() if key not in held or newer(rows, held[key])}
-
-
-def _place(url: str) -> str:
-    """A URL without user and password, for a message."""
-    at = urlsplit(url)
-    return f"{at.scheme}://{at.hostname or ''}{f':{at.port}' if at.port else ''}{at.path}"

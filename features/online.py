@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.cells import Cell, Meta, NoCells, open_cells
+from features.cells import Cell, Held, Meta, NoCells, open_cells, place_of, writable_cells
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import key_runs, request_key, text_key
@@ -31,6 +31,7 @@ from pipelines.spec import Sequence as Chain
 from pipelines.spec import Spec
 
 ROWS = "rows"  # the view that holds the rows source itself
+LAYOUT_TAG, KEY_TAG = "millrace.layout", "millrace.key"  # of views of ours in Feast's registry
 RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 
 
@@ -107,6 +108,20 @@ def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]
     return np.cumsum(counts), columns
 
 
+Rows = tuple[np.ndarray, Columns, np.ndarray]  # where each distinct key begins, their rows, and each asked key's place
+
+
+def read_cells(cells: Held, wanted: Mapping[str, tuple[Layout, Sequence[str | None]]]) -> dict[str, Rows]:
+    """By view: rows of the distinct keys, where each begins, and the position of each asked key (−1: none)."""
+    distinct = [(view, sorted({k for k in keys if k is not None})) for view, (_, keys) in wanted.items()]
+    found = {}
+    for (view, (layout, keys)), packed in zip(wanted.items(), cells.get(distinct), strict=True):
+        start, columns = unpack(layout, list(packed.values()))
+        place = {key: i for i, key in enumerate(packed)}
+        found[view] = start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
+    return found
+
+
 def served_store(at: str, pipeline: str, folder: Path) -> Path | str:
     """Where a store lies whose place in the home is `folder`: there, or on the server `at` (`serve.store` of a spec)."""
     return f"{at}#{pipeline}/{folder.name}" if at else folder
@@ -119,14 +134,28 @@ def feed(spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot
     """
 
     def decide(held: Meta) -> tuple[Meta, Iterator[Cell]] | None:
-        layout_now = layout_digest(spec)
-        same = bool(held) and (held["snapshot"], held["format"]) == (snapshot, layout_now)
-        if held and (int(held["data_us"]), same) >= (anchor.data_us, True):
+        if _up_to(spec, held, anchor, snapshot):
             return None
-        meta = {"format": layout_now, "data_us": str(anchor.data_us), "wall_us": str(anchor.wall_us), "snapshot": snapshot}
+        meta = {"format": layout_digest(spec), "snapshot": snapshot,
+                "data_us": str(anchor.data_us), "wall_us": str(anchor.wall_us)}  # fmt: skip
         return meta, _cells(spec, features, anchor.data_us)
 
-    return open_cells(store, write=True).feed(decide)
+    return writable_cells(store).feed(decide)
+
+
+def is_fed(spec: Spec, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
+    """Whether a feed would write nothing."""
+    return _up_to(spec, open_cells(store).meta(), anchor, snapshot)
+
+
+def _up_to(spec: Spec, held: Meta, anchor: Anchor, snapshot: str) -> bool:
+    same = bool(held) and (held["snapshot"], held["format"]) == (snapshot, layout_digest(spec))
+    return bool(held) and (int(held["data_us"]), same) >= (anchor.data_us, True)
+
+
+def anchor_of(meta: Meta) -> Anchor:
+    """The pair of data and wall time of a feed, from what it wrote about itself."""
+    return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
 
 
 def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Cell]:
@@ -186,9 +215,8 @@ class OnlineStore:
 
     def __init__(self, spec: Spec, store: Path | str) -> None:
         self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
-        if isinstance(store, Path) and not (store / "store.sqlite").exists():
-            raise MillraceError(f"the served store {store} is not there: run `millrace run {spec.pipeline}` to feed it")
-        self.cells, self.reads = open_cells(store), 0
+        self.cells: Held
+        self.cells, self.reads, self.place = open_cells(store), 0, place_of(store)
         self.format = layout_digest(spec)
         self.last = self.check_format()  # what was known of the store when it was read last
 
@@ -196,7 +224,7 @@ class OnlineStore:
         """What the last feed wrote about itself. Raises MillraceError when another version of the code has fed the store."""
         meta = self.meta()
         if not meta:
-            raise MillraceError(f"the served store is empty: run `millrace run {self.spec.pipeline}` to feed it")
+            raise MillraceError(f"the served store {self.place} is not there: run `millrace run {self.spec.pipeline}` to feed it")
         if meta["format"] != self.format:
             raise MillraceError(
                 "the served store was fed by another version of Millrace, which packs it otherwise: "
@@ -217,8 +245,8 @@ class OnlineStore:
 
     def anchor(self) -> Anchor:
         """The pair of data and wall time of the last feed."""
-        meta = self.last = self.meta()
-        return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
+        self.last = self.meta()
+        return anchor_of(self.last)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -233,15 +261,9 @@ class OnlineStore:
             finally:
                 self.reads = 0
 
-    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, tuple[np.ndarray, Columns, np.ndarray]]:
-        """By view: rows of the distinct keys, where each begins, and the position of each asked key (−1: none)."""
-        distinct = [(view, sorted({k for k in keys if k is not None})) for view, keys in wanted.items()]
-        found = {}
-        for (view, keys), packed in zip(wanted.items(), self.cells.get(distinct), strict=True):
-            start, columns = unpack(self.layouts[view], list(packed.values()))
-            place = {key: i for i, key in enumerate(packed)}
-            found[view] = start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
-        return found
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, Rows]:
+        """See `read_cells`."""
+        return read_cells(self.cells, {view: (self.layouts[view], keys) for view, keys in wanted.items()})
 
     def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""

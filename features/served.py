@@ -19,14 +19,13 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel
 from feast.types import Bool, Float64, Int64, String
 
-from features.cells import FEAST, Cells, Meta, open_cells
+from features.cells import FEAST, Meta, open_cells, writable_cells
 from features.keys import text_key
-from features.online import Layout, unpack
+from features.online import KEY_TAG, LAYOUT_TAG, Layout, anchor_of, read_cells
 from features.steps import TIME, as_of
 from pipelines.clock import MISSING, Anchor, Clock, wall_us
 
 Read = tuple[datetime | None, dict[str, Value] | None]
-LAYOUT, KEY_ORDER = "millrace.layout", "millrace.key"  # tags of views of ours
 
 
 class ServedOnlineStoreConfig(FeastConfigBaseModel):
@@ -47,10 +46,10 @@ class ServedOnlineStore(OnlineStore):
     ) -> list[Read]:  # fmt: skip
         """Event time and values of each key; (None, None) where it is unknown, or too old for the view's ttl."""
         names = requested_features or [field.name for field in table.features]
-        if LAYOUT in table.tags:
+        if LAYOUT_TAG in table.tags:
             return _steps(config, table, entity_keys, names)
         view, keys = _view(config, table), [_text(key) for key in entity_keys]
-        found = _cells(config).get([(view, sorted(set(keys)))])[0]
+        found = open_cells(_place(config)).get([(view, sorted(set(keys)))])[0]
         oldest = wall_us() - int(table.ttl.total_seconds() * 1e6) if table.ttl else MISSING
         return [_row(found[key], names, oldest) if key in found else (None, None) for key in keys]
 
@@ -59,14 +58,14 @@ class ServedOnlineStore(OnlineStore):
         progress: Callable[[int], Any] | None,
     ) -> None:  # fmt: skip
         """Writes rows, of equal keys the newest. Raises ValueError for a view of ours, which only a release feeds."""
-        if LAYOUT in table.tags:
+        if LAYOUT_TAG in table.tags:
             raise ValueError(f"view {table.name} is fed by releases (`millrace run`), not through Feast")
         newest: dict[str, bytes] = {}
         for key, values, event, created in data:
             text, packed = _text(key), _packed(values, event, created)
             if text not in newest or _newer(packed, newest[text]):
                 newest[text] = packed
-        _cells(config, write=True).put(_view(config, table), newest, _newer)
+        writable_cells(_place(config)).put(_view(config, table), newest, _newer)
         if progress:
             progress(len(data))
 
@@ -76,20 +75,17 @@ class ServedOnlineStore(OnlineStore):
     ) -> None:  # fmt: skip
         """Removes what Feast wrote of deleted views."""
         for table in tables_to_delete:
-            if LAYOUT not in table.tags:
-                _cells(config, write=True).drop(_view(config, table))
+            if LAYOUT_TAG not in table.tags:
+                writable_cells(_place(config)).drop(_view(config, table))
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
         """Removes what Feast wrote; what releases have fed stays."""
         self.update(config, tables, [], entities, [], False)
 
 
-def _cells(config: RepoConfig, *, write: bool = False) -> Cells:
-    store = config.online_store.store
-    place = store if "://" in store else (Path(config.repo_path or ".") / store).resolve()
-    if isinstance(place, Path) and not (place / "store.sqlite").exists():
-        write = True  # a read before the first write finds an empty store
-    return open_cells(place, write=write)
+def _place(config: RepoConfig) -> Path | str:
+    store: str = config.online_store.store
+    return store if "://" in store else (Path(config.repo_path or ".") / store).resolve()
 
 
 def _view(config: RepoConfig, table: FeatureView) -> str:
@@ -147,16 +143,14 @@ def _us(time: datetime) -> int:
 def _steps(config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey], names: Sequence[str]) -> list[Read]:
     if table.tags["millrace.kind"] == "sequence":
         return [(None, None)] * len(entity_keys)
-    cells = _cells(config)
+    cells = open_cells(_place(config))
     with cells.reading():
         now = _now(config, cells.meta())
-        order = json.loads(table.tags[KEY_ORDER])
+        order = json.loads(table.tags[KEY_TAG])
         keys = [_text(key, order) if order else "" for key in entity_keys]
-        packed = cells.get([(table.name, sorted(set(keys)))])[0]
-    layout = Layout(**json.loads(table.tags[LAYOUT]))
-    start, columns = unpack(layout, list(packed.values()))
-    place = {key: i for i, key in enumerate(packed)}
-    found = as_of(start, columns[TIME], np.array([place.get(key, -1) for key in keys]), np.full(len(keys), now))
+        layout = Layout(**json.loads(table.tags[LAYOUT_TAG]))
+        start, columns, at = read_cells(cells, {table.name: (layout, keys)})[table.name]
+    found = as_of(start, columns[TIME], at, np.full(len(keys), now))
     types = {field.name: field.dtype for field in table.schema}
     return [
         (None, None) if i < 0
@@ -167,7 +161,7 @@ def _steps(config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey],
 
 def _now(config: RepoConfig, meta: Meta) -> int:
     told = config.online_store
-    anchor = Anchor(int(meta.get("data_us", 0)), int(meta.get("wall_us", 0)))
+    anchor = anchor_of(meta) if meta else Anchor(0, 0)
     return Clock(told.clock, told.speed, told.offset, anchor if told.clock == "data" else None).now_us()
 
 

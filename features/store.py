@@ -23,7 +23,7 @@ from features.facts import Columns, Facts, closing_facts, first_known, int_times
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
 from features.keys import filled, key_arrays, one_chunk, text_keys
-from features.online import RECENT, layouts, served_store
+from features.online import KEY_TAG, LAYOUT_TAG, RECENT, layouts, served_store
 from features.steps import KEY, TIME
 from features.views import absent, stored_views
 from features.windows import build_views
@@ -215,8 +215,8 @@ def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
         for column in stored.key:
             kind = source.columns[column].type
             entities.setdefault(column, Entity(name=column, join_keys=[column], value_type=values[kind]))
-        tags = {"millrace.kind": stored.kind, "millrace.view": stored.view, "millrace.key": json.dumps(stored.key),
-                "millrace.layout": json.dumps(asdict(packing[stored.name]))}  # fmt: skip
+        tags = {"millrace.kind": stored.kind, "millrace.view": stored.view, KEY_TAG: json.dumps(stored.key),
+                LAYOUT_TAG: json.dumps(asdict(packing[stored.name]))}  # fmt: skip
         if isinstance(shape, Sequence):
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from features import online, store
-from features.cells import Cell, Cells, StoreDown, open_cells
+from features.cells import Cell, Held, StoreDown, open_cells, writable_cells
 from features.online import OnlineStore, feed, serve_features
 from features.store import online_rows, write_views
 from pipelines.clock import Anchor
@@ -48,10 +48,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 def fill(place: Path | str, mark: str, keys: list[str] = KEYS) -> bool:
     cells = [(view, key, f"{mark}{view}{key}".encode()) for view in ("one", "two") for key in keys]
-    return open_cells(place, write=True).feed(lambda held: ({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
+    return writable_cells(place).feed(lambda held: ({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
 
 
-def look(cells: Cells) -> tuple[str, dict[str, bytes], dict[str, bytes]]:
+def look(cells: Held) -> tuple[str, dict[str, bytes], dict[str, bytes]]:
     one, two = cells.get([("one", KEYS), ("two", ["a", "no such key"])])
     return cells.meta()["mark"], one, two
 
@@ -74,7 +74,7 @@ def test_a_feed_replaces_everything_and_sees_what_was_there(place: Path | str) -
 
 def test_a_feed_that_is_not_needed_writes_nothing(place: Path | str) -> None:
     fill(place, "m")
-    assert not open_cells(place, write=True).feed(lambda held: None)
+    assert not writable_cells(place).feed(lambda held: None)
     assert look(open_cells(place))[0] == "m"
 
 
@@ -85,7 +85,7 @@ def test_a_feed_that_breaks_leaves_what_was_there(place: Path | str) -> None:
 
     fill(place, "m")
     with pytest.raises(RuntimeError):
-        open_cells(place, write=True).feed(lambda held: ({"mark": "broken"}, broken()))
+        writable_cells(place).feed(lambda held: ({"mark": "broken"}, broken()))
     assert look(open_cells(place))[:2] == ("m", {key: f"mone{key}".encode() for key in KEYS})
     assert fill(place, "n")  # nothing is locked
 

@@ -16,7 +16,7 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, PushSour
 from feast.data_source import PushMode
 from feast.types import Float64, Int64, String
 
-from features.cells import open_cells
+from features.cells import open_cells, writable_cells
 from features.facts import Columns
 from features.frame import own_columns
 from features.online import OnlineStore, feed, own_keys
@@ -162,7 +162,7 @@ def test_a_ttl_counts_when_reading(place: str, tmp_path: Path) -> None:
 def test_a_release_leaves_the_views_of_feast_alone(place: str, tmp_path: Path) -> None:
     store = repository(tmp_path / "repo", place)
     store.push("pushed", stops([("a", 5, 0.5, "L1", NOON)]).to_pandas(), to=PushMode.ONLINE)
-    cells = open_cells(place if "://" in place else Path(place), write=True)
+    cells = writable_cells(place)
     assert cells.feed(lambda held: ({"data_us": "1"}, iter([("rows", "k", b"x")])))
     assert read(store, "a")["waiting"] == [5]
     store.teardown()
@@ -170,7 +170,7 @@ def test_a_release_leaves_the_views_of_feast_alone(place: str, tmp_path: Path) -
 
 
 def read_or_none(place: str) -> dict[str, bytes]:
-    return open_cells(place if "://" in place else Path(place)).get([("rows", ["k"])])[0]
+    return open_cells(place).get([("rows", ["k"])])[0]
 
 
 def test_a_view_of_ours_is_not_written_through_feast(tmp_path: Path) -> None:
