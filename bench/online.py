@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bench.record import options, report
+from features.frame import own_columns
 from features.ingest import ingest, read_table
 from features.online import OnlineStore, feed
 from features.quick_feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
@@ -175,8 +176,6 @@ def main() -> None:
 
 def entities(tables: dict[str, Any], spec: Spec, count: int) -> list[dict[str, np.ndarray]]:
     """The newest plans whose keys are whole, as frame columns of one row each."""
-    from features.frame import own_columns
-
     table = tables[spec.rows.source]
     own = own_columns(spec, table.slice(table.num_rows - 20 * count))
     keys = sorted({c for s in stored_views(spec) for c in s.key})

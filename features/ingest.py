@@ -7,7 +7,9 @@ only refused snapshots held may, which is the way out of a bad delivery.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,10 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     """The snapshot of everything landed. Raises Refused, naming the file, for what cannot be read or believed."""
     index_path = home.snapshots(spec.pipeline) / "landing.json"
     index = read_json(index_path)["files"] if index_path.exists() else {}
-    found, taken = _landed(spec, home), _taken_in(spec, home)
+    found = _landed(spec, home)
+    taken = cache(lambda: _taken_in(spec, home))  # only a changed or deleted file asks for it
     for name in [n for n in index if n not in found and n.split("/")[0] in spec.sources]:
-        if index[name]["object"] in taken:
+        if index[name]["object"] in taken():
             raise Refused(f"landing file {name} was deleted; landing is append-only: put it back")
         del index[name]
     new = len(found.keys() - index.keys())
@@ -78,7 +81,7 @@ def _taken_in(spec: Spec, home: Home) -> set[str]:
 
 
 def _entry(
-    spec: Spec, home: Home, name: str, path: Path, entry: dict[str, Any] | None, taken: set[str]
+    spec: Spec, home: Home, name: str, path: Path, entry: dict[str, Any] | None, taken: Callable[[], set[str]]
 ) -> dict[str, Any]:  # fmt: skip
     """What the index says of a landing file. Only a new or changed one is read; one that runs built on may not change."""
     stat, source = path.stat(), spec.sources[name.split("/")[0]]
@@ -89,7 +92,7 @@ def _entry(
     data = path.read_bytes()
     sha = hashlib.sha256(data).hexdigest()
     if entry and entry["sha256"] != sha:
-        if entry["object"] in taken:
+        if entry["object"] in taken():
             raise Refused(
                 f"landing file {name} was changed after it was read; landing is append-only: "
                 "put the old file back and land the correction as a new file"

@@ -35,7 +35,7 @@ class _Verbs(click.Group):
         except click.Abort:
             sys.exit(1)
         except MillraceError as error:
-            print(f"{_word(error)}: {error}", file=sys.stderr)
+            print(f"{error.word}: {error}", file=sys.stderr)
             if isinstance(error, Refused) and error.report:
                 print(f"report: {open_home().root / error.report}", file=sys.stderr)
             sys.exit(error.exit_code)
@@ -44,10 +44,6 @@ class _Verbs(click.Group):
                 raise
             print(f"error: {error}; free space or rights there, and try again", file=sys.stderr)
             sys.exit(1)
-
-
-def _word(error: MillraceError) -> str:
-    return "refused" if isinstance(error, Refused) else "error"
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +59,7 @@ def _verb(function: Callable[..., Answer | None]) -> click.Command:
             answer = function(**kwargs)
         except MillraceError as error:
             if as_json:
-                print(canonical_json({"outcome": _word(error), "error": str(error), "report": getattr(error, "report", "")}))
+                print(canonical_json({"outcome": error.word, "error": str(error), "report": getattr(error, "report", "")}))
             raise
         if answer is None:
             return

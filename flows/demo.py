@@ -11,7 +11,7 @@ from deploy.record import Outcome
 from flows.inprocess import recorded, run_flow
 from flows.quick import nothing_new
 from flows.serving import serve_champion
-from pipelines.errors import MillraceError, Refused
+from pipelines.errors import MillraceError
 from pipelines.home import Home, open_home, process_env
 from pipelines.manifest import read_json
 from pipelines.run import run_lock
@@ -85,5 +85,5 @@ if __name__ == "__main__":
     try:
         demo(sys.argv[1] if len(sys.argv) > 1 else "flights_demo", sys.argv[2:])
     except MillraceError as error:
-        print(f"{'refused' if isinstance(error, Refused) else 'error'}: {error}", file=sys.stderr)
+        print(f"{error.word}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -5,6 +5,7 @@ class MillraceError(Exception):
     """An error that says what to do about it. Exit code 1."""
 
     exit_code = 1
+    word = "error"  # how a line about it begins
 
 
 class UsageError(MillraceError):
@@ -20,6 +21,7 @@ class Refused(MillraceError):
     """
 
     exit_code = 3
+    word = "refused"
 
     def __init__(self, message: str, *, report: str = "") -> None:
         super().__init__(message)

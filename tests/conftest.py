@@ -14,7 +14,7 @@ from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses, make_buses
-from tests.servers import NotInstalled
+from tests.servers import NAMES, REMOTE, NotInstalled, Server, postgres_server, redis_server
 
 _made: list[str] = []
 
@@ -78,6 +78,26 @@ def tumours_url(tumours_home: Home) -> Iterator[str]:
     assert done.code == 0, done.err
     yield done.answer["url"]
     millrace(tumours_home.root, "down", "tumours")
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[Server]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", *REMOTE])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new served store lies."""
+    if request.param == "sqlite":
+        return str(tmp_path / "store")
+    return f"{request.getfixturevalue(request.param).url}#test/{next(NAMES)}"
 
 
 @pytest.hookimpl(wrapper=True)

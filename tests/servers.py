@@ -9,10 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+
+import pytest
 
 from deploy.process import free_port
 
+REMOTE = [pytest.param("redis", marks=pytest.mark.redis), pytest.param("postgres", marks=pytest.mark.postgres)]
+NAMES = count()  # of stores, that no two tests write to one
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), Path("/nowhere"))
 
 
@@ -48,19 +53,25 @@ class Server:
 
 
 @contextmanager
-def redis_server() -> Iterator[Server]:
-    """An empty Redis. Raises NotInstalled."""
-    if shutil.which("redis-server") is None:
-        raise NotInstalled("redis-server is not installed (Debian: apt-get install redis-server)")
-    port, folder = free_port(), tempfile.mkdtemp(prefix="millrace-redis-")
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--appendonly", "yes", "--save", ""]
-    server = Server(command, port, f"redis://127.0.0.1:{port}/0")
+def _running(server: Server, folder: Path) -> Iterator[Server]:
+    """Started, and in the end killed and its folder removed."""
     server.start()
     try:
         yield server
     finally:
         server.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def redis_server() -> Iterator[Server]:
+    """An empty Redis. Raises NotInstalled."""
+    if shutil.which("redis-server") is None:
+        raise NotInstalled("redis-server is not installed (Debian: apt-get install redis-server)")
+    port, folder = free_port(), tempfile.mkdtemp(prefix="millrace-redis-")
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--appendonly", "yes", "--save", ""]
+    with _running(Server(command, port, f"redis://127.0.0.1:{port}/0"), Path(folder)) as server:
+        yield server
 
 
 @contextmanager
@@ -76,10 +87,6 @@ def postgres_server() -> Iterator[Server]:
     subprocess.run([POSTGRES / "initdb", "-D", data, "-A", "trust", "-U", "postgres"], user=user, check=True, capture_output=True,
                    cwd=folder)  # fmt: skip
     command = [str(POSTGRES / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1"]
-    server = Server(command, port, f"postgresql://postgres@127.0.0.1:{port}/postgres", user)
-    server.start()
-    try:
+    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    with _running(Server(command, port, url, user), folder) as server:
         yield server
-    finally:
-        server.kill()
-        shutil.rmtree(folder, ignore_errors=True)

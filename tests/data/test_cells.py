@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +16,12 @@ from features.store import online_rows, write_views
 from pipelines.clock import Anchor
 from pipelines.errors import MillraceError
 from tests.agreement import features_at, frame_differences, make_world, served_differences
-from tests.servers import Server, postgres_server, redis_server
+from tests.servers import NAMES, REMOTE, Server
 
-NAMES = count()
 KEYS = ["", "a", "a\x1fb", "é\x1f🐟", "x" * 300]
 
 
-@pytest.fixture(scope="module")
-def redis() -> Iterator[Server]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Server]:
-    with postgres_server() as server:
-        yield server
-
-
-REMOTE = [pytest.param("redis", marks=pytest.mark.redis), pytest.param("postgres", marks=pytest.mark.postgres)]
-
-
-@pytest.fixture(params=["sqlite", *REMOTE])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
-    """Where a new store lies."""
-    if request.param == "sqlite":
-        return tmp_path / "store"
-    return f"{request.getfixturevalue(request.param).url}#test/{next(NAMES)}"
-
-
-def fill(place: Path | str, mark: str, keys: list[str] = KEYS) -> bool:
+def fill(place: str, mark: str, keys: list[str] = KEYS) -> bool:
     cells = [(view, key, f"{mark}{view}{key}".encode()) for view in ("one", "two") for key in keys]
     return writable_cells(place).feed(lambda held: ({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
 
@@ -56,7 +31,7 @@ def look(cells: Held) -> tuple[str, dict[str, bytes], dict[str, bytes]]:
     return cells.meta()["mark"], one, two
 
 
-def test_what_was_fed_is_read(place: Path | str) -> None:
+def test_what_was_fed_is_read(place: str) -> None:
     assert fill(place, "m")
     cells = open_cells(place)
     mark, one, two = look(cells)
@@ -65,20 +40,20 @@ def test_what_was_fed_is_read(place: Path | str) -> None:
     assert cells.keys("one") == sorted(KEYS) and cells.keys("three") == []
 
 
-def test_a_feed_replaces_everything_and_sees_what_was_there(place: Path | str) -> None:
+def test_a_feed_replaces_everything_and_sees_what_was_there(place: str) -> None:
     fill(place, "m")
     assert fill(place, "n", ["b"])
     cells = open_cells(place)
     assert cells.meta()["before"] == "m" and cells.get([("one", [*KEYS, "b"])]) == [{"b": b"noneb"}]
 
 
-def test_a_feed_that_is_not_needed_writes_nothing(place: Path | str) -> None:
+def test_a_feed_that_is_not_needed_writes_nothing(place: str) -> None:
     fill(place, "m")
     assert not writable_cells(place).feed(lambda held: None)
     assert look(open_cells(place))[0] == "m"
 
 
-def test_a_feed_that_breaks_leaves_what_was_there(place: Path | str) -> None:
+def test_a_feed_that_breaks_leaves_what_was_there(place: str) -> None:
     def broken() -> Iterator[Cell]:
         yield from (("one", str(i), b"new") for i in range(5_000))
         raise RuntimeError("the disk is gone")
@@ -90,7 +65,7 @@ def test_a_feed_that_breaks_leaves_what_was_there(place: Path | str) -> None:
     assert fill(place, "n")  # nothing is locked
 
 
-def test_a_reader_sees_one_state_while_a_feed_goes_on(place: Path | str) -> None:
+def test_a_reader_sees_one_state_while_a_feed_goes_on(place: str) -> None:
     fill(place, "m")
     reader = open_cells(place)
     with reader.reading():
@@ -100,7 +75,7 @@ def test_a_reader_sees_one_state_while_a_feed_goes_on(place: Path | str) -> None
     assert look(reader)[0] == "n" and look(reader)[2] == {"a": b"ntwoa"}
 
 
-def test_two_writers_at_once_come_one_after_the_other(place: Path | str) -> None:
+def test_two_writers_at_once_come_one_after_the_other(place: str) -> None:
     fill(place, "m")
     writers = [threading.Thread(target=fill, args=(place, mark)) for mark in "pqrs"]
     for writer in writers:
@@ -112,7 +87,7 @@ def test_two_writers_at_once_come_one_after_the_other(place: Path | str) -> None
     assert open_cells(place).meta()["before"] in set("mpqrs") - {mark}
 
 
-def test_a_store_that_was_never_fed(place: Path | str, tmp_path: Path) -> None:
+def test_a_store_that_was_never_fed(place: str, tmp_path: Path) -> None:
     spec = make_world(1, tmp_path).spec
     with pytest.raises(MillraceError, match="run `millrace run"):
         OnlineStore(spec, place)
@@ -120,7 +95,7 @@ def test_a_store_that_was_never_fed(place: Path | str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3000, 3006))
 def test_what_is_served_agrees_with_the_oracle(
-    seed: int, place: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "RECENT", 2**60)
     monkeypatch.setattr(online, "RECENT", 2**60)

@@ -5,20 +5,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.manifest import ROOT
 
 
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """What a benchmark reports; the oracle and the servers that some need lie in tests/."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    body: dict[str, Any] = json.loads(out.read_text())
+    return body
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo(tmp_path: Path) -> None:
-    out = tmp_path / "demo.json"
-    command = [sys.executable, "-m", "bench.demo", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    body = json.loads(out.read_text())
+    body = run("demo", tmp_path)
     assert {"name", "commit", "hardware", "versions", "rows", "figures"} <= set(body)
     assert {"first_s", "second_s", "setup_s", "stages", "peak_rss_mb"} <= set(body["figures"])
     assert body["figures"]["stages"]["train"] > 0
@@ -27,11 +34,7 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_skew(tmp_path: Path) -> None:
-    out = tmp_path / "skew.json"
-    command = [sys.executable, "-m", "bench.skew", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text())["figures"]
+    figures = run("skew", tmp_path)["figures"]
     assert figures["cells"] > 0 and figures["skewed_cells"] == figures["replayed_skewed_cells"] == figures["unknown_rows"] == 0
     assert figures["clock_hours"] >= 3 and figures["clock_hours_without_events"] >= 1 and figures["feeds"] > 2
     assert figures["window_cells_not_null"] >= 0.8 and figures["window_cells_changed"] >= 0.25
@@ -42,11 +45,7 @@ def test_skew(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_pit_join(tmp_path: Path) -> None:
-    out = tmp_path / "pit_join.json"
-    command = [sys.executable, "-m", "bench.pit_join", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    body = json.loads(out.read_text())
+    body = run("pit_join", tmp_path)
     figures = body["figures"]
     assert figures["oracle_mismatches"] == 0 and figures["oracle_cases"] == 20
     assert len(figures["mutants_caught"]) == 6
@@ -62,11 +61,7 @@ def test_pit_join(tmp_path: Path) -> None:
 @pytest.mark.postgres
 @pytest.mark.timeout(300)
 def test_online(tmp_path: Path) -> None:
-    out = tmp_path / "online.json"
-    command = [sys.executable, "-m", "bench.online", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text())["figures"]
+    figures = run("online", tmp_path)["figures"]
     assert figures["equal_cells"] == figures["cells"] > 1_000
     assert figures["materialize_speedup"] > 1 and 0 < figures["read_cpu_ratio_vs_sdk"] < 1
     assert set(figures["read_p99_ms"]) == {"sqlite", "redis", "postgres"}
@@ -75,11 +70,7 @@ def test_online(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_flights(tmp_path: Path) -> None:
-    out = tmp_path / "flights.json"
-    command = [sys.executable, "-m", "bench.flights", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text())["figures"]
+    figures = run("flights", tmp_path)["figures"]
     low, high = figures["champion_auc_interval"]
     assert 0.6 < low < figures["champion_auc"] < high < 0.85 and figures["lightgbm_auc"] > 0.6
 
@@ -87,10 +78,6 @@ def test_flights(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_windows(tmp_path: Path) -> None:
-    out = tmp_path / "windows.json"
-    command = [sys.executable, "-m", "bench.windows", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text())["figures"]
+    figures = run("windows", tmp_path)["figures"]
     assert figures["bit_equal"] and figures["differing_cells"] == 0 and figures["cells"] > 100_000
     assert figures["speedup_vs_pandas"] > 0 and 0 < figures["incremental_day_ratio"] < 1
