@@ -18,7 +18,7 @@ from features.rows import PARTS, hash_parts
 from features.store import build_features, historical_features
 from features.trainset import TrainingSet, load_training_set
 from models.evaluate import CHALLENGER, CHAMPION, METRICS, PRIOR, Evaluation, Interval, evaluate
-from models.gate import Verdict, decide
+from models.gate import SAME, Verdict, decide
 from models.score import Model
 from pipelines.clock import MISSING
 from pipelines.errors import Refused
@@ -159,7 +159,8 @@ def judge_into(spec: Spec, home: Home, run: Run, data_folder: Path, model: Path,
         ("Verdict", [(r.name, r.reason) for r in verdict.rules]), (f"{judged.rows:,} test rows", table),
     ])  # fmt: skip
     ours = evaluation.metrics[CHALLENGER]
-    word = "better" if verdict.promoted else "refused"
+    same = any(rule.name == SAME for rule in verdict.rules)
+    word = ("the same model" if same else "better") if verdict.promoted else "refused"
     return Note(
         f"{word}: AUC {_shown(ours['auc'])}, log loss {_shown(ours['log_loss'])} on {judged.rows:,} test rows; "
         f"{verdict.reasons[0] if not verdict.promoted else 'against the ' + evaluation.bar}",

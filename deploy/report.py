@@ -19,6 +19,7 @@ from deploy.findings import MODEL_TITLES, Findings, gather, groups, models, slic
 from features.contract_page import percent
 from features.rows import PARTS, split_bounds
 from models.evaluate import CHALLENGER, CHAMPION, HIGHER_IS_BETTER, METRICS, PRIOR, Evaluation, Interval
+from models.gate import SAME
 from pipelines.clock import duration_text
 from pipelines.home import Home
 from pipelines.manifest import FORMAT_VERSION, write_atomic
@@ -267,6 +268,9 @@ def _bar(evaluation: Evaluation) -> str:
 def _lead(found: Findings) -> str:
     """What the outcome of the run means."""
     release = found.manifest["release"]
+    same = any(rule["name"] == SAME for rule in found.verdict["rules"])
+    if found.manifest["outcome"] == "promoted" and same:
+        return f"{release} is the champion: the same model as {found.run.parent}, packaged anew, and answers as it was trained."
     if found.manifest["outcome"] == "promoted":
         return f"{release} is the champion: it is better than {_bar(found.evaluation)}, and answers as it was trained."
     if found.manifest["outcome"] == "unchanged":

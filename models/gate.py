@@ -6,6 +6,8 @@ from models.evaluate import CHALLENGER, CHAMPION, PRIOR, Evaluation, Interval, S
 from pipelines.errors import MillraceError
 from pipelines.spec import Gate
 
+SAME = "same"  # the rule that stands for a gain where challenger and champion are one model
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -59,7 +61,7 @@ def _gain(evaluation: Evaluation, gate: Gate) -> Rule:
 
 
 def _same(evaluation: Evaluation, gate: Gate) -> Rule:
-    return Rule("gain", True, f"the challenger answers all {evaluation.rows:,} test rows exactly as the champion does")
+    return Rule(SAME, True, f"the challenger answers all {evaluation.rows:,} test rows exactly as the champion does")
 
 
 def _calibration(evaluation: Evaluation, gate: Gate) -> Rule:

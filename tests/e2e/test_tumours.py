@@ -102,7 +102,9 @@ def test_another_threshold_is_released_with_the_same_model(copied_home: Home) ->
     before = millrace(home.root, "releases", "tumours", "--json").answer["champion"]
     done = millrace(home.root, "run", "tumours", "--json", sets=(*QUICK, "serve.threshold=0.3"))
     assert done.code == 0 and done.answer["outcome"] == "promoted" and done.answer["release"] != before
-    assert "exactly as the champion does" in done.answer["reasons"][1]
+    assert "exactly as the champion does" in done.answer["reasons"][1] and "the same model: AUC" in done.err
+    page = Path(done.answer["report"]).read_text(encoding="utf-8")
+    assert f"the same model as {before}, packaged anew" in page and "it is better than" not in page
 
 
 def test_check_says_what_it_found(tumours_home: Home) -> None:
