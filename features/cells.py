@@ -84,7 +84,8 @@ def open_cells(store: Path | str) -> Held:
     folder = _folder(store)
     if folder is None:
         return _remote(str(store))
-    return SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else NoCells({})
+    made = SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else None
+    return made if made is not None and made.is_made() else NoCells({})
 
 
 def writable_cells(store: Path | str) -> Cells:
@@ -126,6 +127,10 @@ class SqliteCells:
         for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
                       "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
             self.db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
+
+    def is_made(self) -> bool:
+        """Whether the file has its tables: a writer that was killed may have left it without."""
+        return bool(self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchall())
 
     def meta(self) -> Meta:
         return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
