@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bench.record import options, report
+from features.feed import feed
 from features.frame import own_columns
 from features.ingest import ingest, read_table
-from features.online import OnlineStore, feed
+from features.online import OnlineStore
 from features.quick_feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
 from features.quick_feast import types as feast
+from features.rows import online_rows
 from features.steps import TIME
-from features.store import online_rows, write_views
+from features.store import write_views
 from features.views import absent, stored_views
 from pipelines.clock import Anchor
 from pipelines.flights import write_sample
@@ -126,7 +128,7 @@ def main() -> None:
         features = folder / "features"
         tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
         write_views(spec, tables, features, now - 7 * 86_400_000_000 if told.quick else now - 60 * 86_400_000_000)
-        pq.write_table(online_rows(spec, tables, snapshot), features / "online_rows.parquet")
+        pq.write_table(online_rows(spec, tables, now), features / "online_rows.parquet")
 
         began = time.monotonic()
         feed(spec, features, folder / "served", Anchor(now, 0), "one")

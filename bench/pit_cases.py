@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench.pit_peers import Facts, feast_join, write_views
-from features import online, store
+from features import feed, online, rows
 from features.store import build_features, historical_features
 from pipelines.clock import duration_text
 from tests.agreement import arrow, frame_differences, make_world
@@ -126,6 +126,6 @@ def mutants_caught(folder: Path) -> list[str]:
         return False
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (store, online):  # the served store forgets rows by age; the random tables span months
+        for module in (rows, feed, online):  # the served store forgets rows by age; the random tables span months
             patch.setattr(module, "RECENT", 2**60)
         return [name for name, plants in mutants.items() if all(caught(plant) for plant in plants)]

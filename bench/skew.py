@@ -38,10 +38,11 @@ from deploy.rollout import Release, bento_folder, feed_all, promote
 from deploy.skew import check_skew, choose, compare, requests
 from features import facts
 from features.facts import Columns, Versions, int_times
+from features.feed import feed
 from features.frame import as_array, feature_list, is_missing
 from features.ingest import Snapshot, ingest, read_snapshot, read_table
 from features.keys import codes_of, key_arrays, request_key, text_keys
-from features.online import OnlineStore, feed, serve_features
+from features.online import OnlineStore, serve_features
 from features.skew import different, known_features
 from features.store import build_features, first_needed
 from features.trainset import build_training_set, load_training_set

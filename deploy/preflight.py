@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from deploy.bundle import Bento, load_bento
 from deploy.process import Service, call, free_port, start, stop
 from features.facts import Columns, int_times
+from features.feed import feed
 from features.frame import as_array
 from features.ingest import Snapshot, read_snapshot
-from features.online import feed
 from features.skew import different
 from features.store import FeatureSet, historical_features
 from features.trainset import TrainingSet, load_training_set

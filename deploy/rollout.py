@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import load_bento
+from features.feed import feed, is_fed
 from features.ingest import Snapshot, read_snapshot
-from features.online import feed, is_fed, served_store
+from features.online import served_store
 from features.rows import seen_until
 from features.store import FeatureSet, build_features, defs_digest
 from pipelines.clock import Anchor, iso, wall_us

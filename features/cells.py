@@ -5,22 +5,51 @@ second sees what the first has written. Views whose names begin with `feast:` ar
 key, and a feed leaves them alone.
 """
 
+import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from pipelines.clock import DAY_US, NEVER, wall_us
 from pipelines.errors import MillraceError
 
 Meta = dict[str, str]
-Cell = tuple[str, str, bytes]  # view, key, packed rows
+Change = tuple[str, str, bytes | None]  # view, key, packed rows; None: the key is gone
 Newer = Callable[[bytes, bytes], bool]  # whether packed rows may replace what is held
 FEAST = "feast:"
-Decide = Callable[[Meta], tuple[Meta, Iterator[Cell]] | None]  # from what is there: what replaces it, or None
+LAST = NEVER  # a number that no event has
+KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
+PUSHED = "pushed"  # in the meta: number of the last event that the cells know
+
+
+@dataclass(frozen=True)
+class Event:
+    """A pushed fact: the name under which it counts once, its source, its row as JSON, and when it came (wall µs)."""
+
+    id: str
+    source: str
+    row: str
+    wall_us: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a feed writes at once: cells (`whole`: instead of all that were there), what it says of itself, and events."""
+
+    meta: Meta
+    cells: Iterable[Change]
+    whole: bool = True
+    events: Sequence[Event] = ()
+
+
+Decide = Callable[[Meta], Update | None]  # from what is there: what is written, or None
 
 
 class StoreDown(MillraceError):
@@ -45,12 +74,24 @@ class Held(Protocol):
     def keys(self, view: str) -> list[str]:
         """Every key of a view, in order."""
 
+    def changed(self) -> bool:
+        """Whether what was read since `reading` began may be of two states: it is to be read again."""
+
+    def events(self, until: int | None = None) -> list[Event]:
+        """The pushed events that are kept, in the order in which they were numbered, up to that number."""
+
 
 class Cells(Held, Protocol):
     """One served store, to be written too."""
 
     def feed(self, decide: Decide) -> bool:
-        """Replaces everything by what `decide` gives; False where that is None."""
+        """Writes what `decide` gives, in one transaction that it is called in; False where that is None.
+
+        Events whose id is held are left out; the others are numbered, the last number is in the meta.
+        """
+
+    def seen(self, ids: Sequence[str]) -> set[str]:
+        """Which of these events are held."""
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
         """Writes keys of a view of Feast's: those that are not held, and those that may replace what is."""
@@ -78,6 +119,12 @@ class NoCells:
     def keys(self, view: str) -> list[str]:
         return []
 
+    def changed(self) -> bool:
+        return False
+
+    def events(self, until: int | None = None) -> list[Event]:
+        return []
+
 
 def open_cells(store: Path | str) -> Held:
     """What a store holds, for a reader. Folders and URLs are as in `writable_cells`."""
@@ -85,7 +132,7 @@ def open_cells(store: Path | str) -> Held:
     if folder is None:
         return _remote(str(store))
     made = SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else None
-    return made if made is not None and made.is_made() else NoCells({})
+    return made if made is not None and made.has("meta") else NoCells({})
 
 
 def writable_cells(store: Path | str) -> Cells:
@@ -124,13 +171,14 @@ class SqliteCells:
         folder.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
         self.db.execute("PRAGMA journal_mode=WAL")
-        for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key))",
-                      "meta (name TEXT PRIMARY KEY, value TEXT)"):  # fmt: skip
-            self.db.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
+        for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID",
+                      "events (number INTEGER PRIMARY KEY, id TEXT UNIQUE, source TEXT, row TEXT, wall_us INTEGER)",
+                      "meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"):  # fmt: skip
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
 
-    def is_made(self) -> bool:
-        """Whether the file has its tables: a writer that was killed may have left it without."""
-        return bool(self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchall())
+    def has(self, table: str) -> bool:
+        """Whether the file has a table: a writer that was killed may have left it without, and older ones lack some."""
+        return bool(self.db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchall())
 
     def meta(self) -> Meta:
         return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
@@ -156,14 +204,35 @@ class SqliteCells:
     def keys(self, view: str) -> list[str]:
         return [key for (key,) in self.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (view,))]
 
+    def changed(self) -> bool:
+        return False
+
+    def events(self, until: int | None = None) -> list[Event]:
+        query = "SELECT id, source, row, wall_us FROM events WHERE number <= ? ORDER BY number"
+        return [Event(*row) for row in self.db.execute(query, (LAST if until is None else until,))] if self.has("events") else []
+
+    def seen(self, ids: Sequence[str]) -> set[str]:
+        query = "SELECT id FROM events WHERE id IN (SELECT value FROM json_each(?))"
+        return {i for (i,) in self.db.execute(query, (json.dumps(ids),))}
+
     def feed(self, decide: Decide) -> bool:
-        with closing(self.db), self._writing():
-            new = decide(self.meta())
+        with self._writing():
+            held = self.meta()
+            new = decide(held)
             if new is None:
                 return False
-            self.db.execute("DELETE FROM cells WHERE view NOT LIKE ?", (f"{FEAST}%",))
-            self.db.executemany("INSERT INTO cells VALUES (?, ?, ?)", new[1])
-            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", new[0].items())
+            if new.whole:
+                self.db.execute("DELETE FROM cells WHERE view NOT LIKE ?", (f"{FEAST}%",))
+            for some in _batches(new.cells):
+                self.db.executemany("DELETE FROM cells WHERE view = ? AND key = ?", [c[:2] for c in some if c[2] is None])
+                self.db.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", [c for c in some if c[2] is not None])
+            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
+            last = int(held.get(PUSHED, 0))
+            rows = [(last + i, e.id, e.source, e.row, e.wall_us) for i, e in enumerate(fresh, 1)]
+            self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
+            self.db.execute("DELETE FROM events WHERE wall_us < ?", (wall_us() - KEPT_US,))
+            meta = {**new.meta, PUSHED: str(last + len(fresh))}
+            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
             return True
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
@@ -198,21 +267,39 @@ class RedisCells:
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
         self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
-        self.seen: Meta | None = None  # while `reading`
+        self.began: Meta | None = None  # what `reading` began with
 
     def meta(self) -> Meta:
-        if self.seen is not None:
-            return self.seen
+        if self.began is not None:
+            return self.began
         with self._answering():
             return {k.decode(): v.decode() for k, v in self.db.hgetall(f"{self.name}:meta").items()}
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        self.seen = self.meta()
+        self.began = self.meta()
         try:
             yield
         finally:
-            self.seen = None
+            self.began = None
+
+    def changed(self) -> bool:
+        began, self.began = self.began, None
+        try:
+            now = self.meta()
+        finally:
+            self.began = began
+        return began is not None and now != began
+
+    def events(self, until: int | None = None) -> list[Event]:
+        with self._answering():
+            found = self.db.zrangebyscore(f"{self.name}:events", 0, "+inf" if until is None else until)
+        return [Event(*json.loads(event)) for event in found]
+
+    def seen(self, ids: Sequence[str]) -> set[str]:
+        with self._answering():
+            held = self.db.hmget(f"{self.name}:ids", ids) if ids else []
+        return {i for i, number in zip(ids, held, strict=True) if number is not None}
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
         meta = self.meta()
@@ -233,25 +320,54 @@ class RedisCells:
             new = decide(old)
             if new is None:
                 return False
-            generation, views = uuid.uuid4().hex, set()
+            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
+            last = int(old.get(PUSHED, 0))
+            meta = {**new.meta, PUSHED: str(last + len(fresh))}
+            if new.whole:
+                meta |= self._next_generation(new.cells)
+            with self.db.pipeline(transaction=True) as pipe:
+                if new.whole:
+                    for view in meta["views"].split():
+                        pipe.persist(self._hash(meta, view))
+                    for view in old.get("views", "").split():
+                        pipe.expire(self._hash(old, view), 60)
+                else:
+                    changes = list(new.cells)
+                    for view, key, packed in changes:
+                        where = self._hash(old, view)
+                        _ = pipe.hdel(where, key) if packed is None else pipe.hset(where, key, packed)
+                    meta["views"] = " ".join(sorted({*old.get("views", "").split(), *(view for view, _, _ in changes)}))
+                for number, event in enumerate(fresh, last + 1):
+                    pipe.hset(f"{self.name}:ids", event.id, number)
+                    pipe.zadd(f"{self.name}:events", {json.dumps([event.id, event.source, event.row, event.wall_us]): number})
+                pipe.hset(f"{self.name}:meta", mapping=meta)
+                pipe.execute()
+            self._forget()
+            return True
+
+    def _next_generation(self, cells: Iterable[Change]) -> Meta:
+        """Writes cells where no reader looks yet."""
+        generation: Meta = {"generation": uuid.uuid4().hex}
+        views = set()
+        for some in _batches(cells):
             with self.db.pipeline(transaction=False) as pipe:
-                for view, key, packed in new[1]:
-                    hash_name = f"{self.name}:{generation}:{view}"
-                    pipe.hset(hash_name, key, packed)
+                for view, key, packed in some:
+                    where = self._hash(generation, view)
+                    pipe.hset(where, key, packed)
                     if view not in views:
                         views.add(view)
-                        pipe.expire(hash_name, self.HELD_S)
-                    if len(pipe) >= 2_000:
-                        pipe.execute()
+                        pipe.expire(where, self.HELD_S)
                 pipe.execute()
-            with self.db.pipeline(transaction=True) as pipe:
-                for view in views:
-                    pipe.persist(f"{self.name}:{generation}:{view}")
-                pipe.hset(f"{self.name}:meta", mapping={**new[0], "generation": generation, "views": " ".join(sorted(views))})
-                for view in old.get("views", "").split():
-                    pipe.expire(f"{self.name}:{old['generation']}:{view}", 60)
-                pipe.execute()
-            return True
+        return {**generation, "views": " ".join(sorted(views))}
+
+    def _forget(self) -> None:
+        """Removes events that were kept long enough."""
+        with self.db.pipeline(transaction=True) as pipe:
+            for event in self.db.zrange(f"{self.name}:events", 0, 1_000):
+                if json.loads(event)[3] < wall_us() - KEPT_US:
+                    pipe.zrem(f"{self.name}:events", event)
+                    pipe.hdel(f"{self.name}:ids", json.loads(event)[0])
+            pipe.execute()
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
         with self._writing():
@@ -285,6 +401,8 @@ class PostgresCells:
     TABLES = """
         CREATE TABLE IF NOT EXISTS millrace_cells (store text, view text, key bytea, packed bytea,
                                                    PRIMARY KEY (store, view, key));
+        CREATE TABLE IF NOT EXISTS millrace_events (store text, number bigint, id text, source text, row text, wall_us bigint,
+                                                    PRIMARY KEY (store, id));
         CREATE TABLE IF NOT EXISTS millrace_meta (store text PRIMARY KEY, meta jsonb NOT NULL)
     """
 
@@ -324,21 +442,54 @@ class PostgresCells:
         found = self._ask("SELECT key FROM millrace_cells WHERE store = %s AND view = %s ORDER BY key", (self.name, view))
         return [bytes(key).decode() for (key,) in found]
 
+    def changed(self) -> bool:
+        return False
+
+    def events(self, until: int | None = None) -> list[Event]:
+        query = "SELECT id, source, row, wall_us FROM millrace_events WHERE store = %s AND number <= %s ORDER BY number"
+        return [Event(*row) for row in self._ask(query, (self.name, LAST if until is None else until))]
+
+    def seen(self, ids: Sequence[str]) -> set[str]:
+        found = self._ask("SELECT id FROM millrace_events WHERE store = %s AND id = ANY(%s)", (self.name, [*ids])) if ids else []
+        return {i for (i,) in found}
+
     def feed(self, decide: Decide) -> bool:
         from psycopg.types.json import Jsonb
 
         with self._writing() as db:
-            held = db.execute("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,)).fetchone()
-            new = decide(dict(held[0]) if held else {})
+            row = db.execute("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,)).fetchone()
+            held = dict(row[0]) if row else {}
+            new = decide(held)
             if new is None:
                 return False
-            db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
-            with db.cursor().copy("COPY millrace_cells FROM STDIN (FORMAT BINARY)") as copy:
-                copy.set_types(["text", "text", "bytea", "bytea"])
-                for view, key, packed in new[1]:
-                    copy.write_row((self.name, view, key.encode(), packed))
+            if new.whole:
+                db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
+                with db.cursor().copy("COPY millrace_cells FROM STDIN (FORMAT BINARY)") as copy:
+                    copy.set_types(["text", "text", "bytea", "bytea"])
+                    for view, key, packed in new.cells:
+                        copy.write_row((self.name, view, key.encode(), packed))
+            else:
+                for some in _batches(new.cells):
+                    gone = [(view, key) for view, key, packed in some if packed is None]
+                    db.execute(
+                        "DELETE FROM millrace_cells c USING unnest(%s::text[], %s::bytea[]) AS w(view, key) "
+                        "WHERE c.store = %s AND c.view = w.view AND c.key = w.key",
+                        ([view for view, _ in gone], [key.encode() for _, key in gone], self.name),
+                    )
+                    held_on = [cell for cell in some if cell[2] is not None]
+                    db.execute(
+                        "INSERT INTO millrace_cells SELECT %s, * FROM unnest(%s::text[], %s::bytea[], %s::bytea[]) "
+                        "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed",
+                        (self.name, [c[0] for c in held_on], [c[1].encode() for c in held_on], [c[2] for c in held_on]),
+                    )
+            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
+            last = int(held.get(PUSHED, 0))
+            with db.cursor() as cursor:
+                rows = [(self.name, last + i, e.id, e.source, e.row, e.wall_us) for i, e in enumerate(fresh, 1)]
+                cursor.executemany("INSERT INTO millrace_events VALUES (%s, %s, %s, %s, %s, %s)", rows)
+            db.execute("DELETE FROM millrace_events WHERE store = %s AND wall_us < %s", (self.name, wall_us() - KEPT_US))
             upsert = "INSERT INTO millrace_meta VALUES (%s, %s) ON CONFLICT (store) DO UPDATE SET meta = excluded.meta"
-            db.execute(upsert, (self.name, Jsonb(new[0])))
+            db.execute(upsert, (self.name, Jsonb({**held, **new.meta, PUSHED: str(last + len(fresh))})))
             return True
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
@@ -383,6 +534,17 @@ class PostgresCells:
             if held and not self.inside:
                 return self._ask(query, values)
             raise StoreDown(self.place, error) from None
+
+
+def _fresh(events: Sequence[Event], seen: set[str]) -> list[Event]:
+    """The events that are not held yet, each once."""
+    return list({event.id: event for event in reversed(events) if event.id not in seen}.values())[::-1]
+
+
+def _batches(cells: Iterable[Change]) -> Iterator[list[Change]]:
+    found = iter(cells)
+    while some := list(islice(found, 2_000)):
+        yield some
 
 
 def _newer(held: dict[str, bytes], packed: dict[str, bytes], newer: Newer) -> dict[str, bytes]:

@@ -1,9 +1,4 @@
-"""The served store: the steps that still matter, one packed row per key and view, read without Feast or pandas.
-
-`feed` keeps, for every key, the newest step not later than the anchor and all later ones, so the store answers for
-every instant from the anchor on, also when no event arrives. Where it lies is `features.cells`' business. It only goes
-forward.
-"""
+"""The served store, read: one packed row per key and view, without Feast or pandas. `features.feed` writes it."""
 
 import copy
 import json
@@ -15,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from features.cells import Cell, Held, Meta, NoCells, open_cells, place_of, writable_cells
+from features.cells import Held, Meta, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
-from features.keys import key_runs, request_key, text_key
-from features.steps import KEY, TIME, as_of, previous
+from features.keys import request_key, text_key
+from features.rows import RECENT
+from features.steps import TIME, as_of, previous
 from features.views import Stored, absent, stored_views
-from pipelines.clock import DAY_US, MISSING, NEVER, Anchor, iso
+from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.manifest import digest_of
 from pipelines.spec import Sequence as Chain
@@ -32,7 +26,6 @@ from pipelines.spec import Spec
 
 ROWS = "rows"  # the view that holds the rows source itself
 LAYOUT_TAG, KEY_TAG = "millrace.layout", "millrace.key"  # of views of ours in Feast's registry
-RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 
 
 @dataclass(frozen=True)
@@ -127,69 +120,9 @@ def served_store(at: str, pipeline: str, folder: Path) -> Path | str:
     return f"{at}#{pipeline}/{folder.name}" if at else folder
 
 
-def feed(spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
-    """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
-
-    False, and nothing written, where the store is already at this snapshot or beyond this time.
-    """
-
-    def decide(held: Meta) -> tuple[Meta, Iterator[Cell]] | None:
-        if _up_to(spec, held, anchor, snapshot):
-            return None
-        meta = {"format": layout_digest(spec), "snapshot": snapshot,
-                "data_us": str(anchor.data_us), "wall_us": str(anchor.wall_us)}  # fmt: skip
-        return meta, _cells(spec, features, anchor.data_us)
-
-    return writable_cells(store).feed(decide)
-
-
-def is_fed(spec: Spec, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
-    """Whether a feed would write nothing."""
-    return _up_to(spec, open_cells(store).meta(), anchor, snapshot)
-
-
-def _up_to(spec: Spec, held: Meta, anchor: Anchor, snapshot: str) -> bool:
-    same = bool(held) and (held["snapshot"], held["format"]) == (snapshot, layout_digest(spec))
-    return bool(held) and (int(held["data_us"]), same) >= (anchor.data_us, True)
-
-
 def anchor_of(meta: Meta) -> Anchor:
     """The pair of data and wall time of a feed, from what it wrote about itself."""
     return Anchor(int(meta["data_us"]), int(meta["wall_us"]))
-
-
-def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Cell]:
-    """Every packed row that is needed from the anchor on."""
-    for layout in layouts(spec).values():
-        keys, start, table = _kept(spec, features, layout, anchor)
-        for key, packed in zip(keys, pack(layout, table, start), strict=True):
-            yield layout.view, key, packed
-
-
-def _kept(spec: Spec, features: Path, layout: Layout, anchor: int) -> tuple[list[str], np.ndarray, pa.Table]:
-    """The rows of a view that are needed from the anchor on, by key."""
-    if layout.view == ROWS:
-        table = pq.read_table(features / "online_rows.parquet", read_dictionary=[KEY])
-        return _by_key(table.filter(pc.greater(table["_live_to"], anchor)))
-    table = pq.read_table(features / "views" / f"{layout.view}.parquet", use_threads=False, read_dictionary=[KEY])
-    if layout.times[0] == "_order":
-        view = spec.features.views[layout.view].shape
-        assert isinstance(view, Chain)
-        near = pc.greater_equal(table["_order"], anchor - RECENT - view.within)
-        return _by_key(table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor))))
-    later = int_times(table[TIME]) > anchor
-    start = key_runs(table[KEY])[1]
-    last = np.zeros(len(later), bool)
-    last[start[1:] - 1] = True
-    followed = np.append(later[1:], False)[: len(later)]
-    return _by_key(table.filter(pa.array(later | last | followed)))
-
-
-def _by_key(table: pa.Table) -> tuple[list[str], np.ndarray, pa.Table]:
-    if not table.num_rows:
-        return [], np.zeros(1, np.int64), table
-    keys, start = key_runs(table[KEY])
-    return keys.to_pylist(), start, table
 
 
 @dataclass(frozen=True)
@@ -279,6 +212,9 @@ class OnlineStore:
         start, columns, at = self.read({ROWS: [request_key(r, self.spec.row_key) for r in requests]})[ROWS]
         found = as_of(start, columns["_live_from"], at, np.full(len(requests), now))
         safe, there = np.maximum(found, 0), found >= 0
+        if self.spec.predict_at is not None and there.any():
+            due = columns[self.spec.predict_at.column][safe]
+            there &= (due == MISSING) | (due >= now - RECENT)
         own: Columns = {}
         for name, column in self.spec.row_source.columns.items():
             asked = np.array([r.get(name) for r in requests], object)

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.facts import closing_facts, first_known, holds, int_times, versions
 from features.keys import codes_of, grouped, key_arrays, text_keys
-from pipelines.clock import MISSING, NEVER
+from features.steps import KEY
+from features.views import stored_views
+from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.errors import Refused
 from pipelines.spec import HashSplit, Spec, TimeSplit
 
+RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 PARTS = ("train", "valid_fit", "valid_select", "test")
 
 
@@ -142,3 +146,36 @@ def hash_parts(split: HashSplit, seed: int, name: pa.Array) -> np.ndarray:
         for key in name.to_pylist()
     ]
     return np.searchsorted(edges, np.array(draws), side="right")
+
+
+# Rows that a request may name
+
+
+def _refuse_large_keys(spec: Spec, table: pa.Table) -> None:
+    """A group that a whole number names is looked up by it when served, and there numbers are float64."""
+    columns = spec.row_source.columns
+    for name in sorted({c for stored in stored_views(spec) for c in stored.key if columns[c].type == "int64"}):
+        limits = pc.min_max(table[name]).as_py()
+        if limits["min"] is not None and max(-limits["min"], limits["max"]) >= 2**53:
+            raise Refused(
+                f"source {spec.rows.source!r}: column {name!r}, a key of features, holds whole numbers of 2^53 or more, "
+                "which are not exact as features: write that column as text"
+            )
+
+
+def online_rows(spec: Spec, tables: Mapping[str, pa.Table], now: int) -> pa.Table:
+    """Versions of the rows source that a request may name from `now` (µs) on: _key, _live_from, _live_to, _closed_at and
+    the columns. Raises Refused for keys that are not exact as numbers."""
+    _refuse_large_keys(spec, tables[spec.rows.source])
+    v = versions(tables[spec.rows.source], spec.row_source)
+    names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
+    closed = first_known(names, closing_facts(spec, tables))
+    table = v.table.select([*spec.row_source.columns]).append_column(KEY, names)
+    for name, values in (("_live_from", v.known_from), ("_live_to", v.known_to), ("_closed_at", closed)):
+        table = table.append_column(name, pa.array(values))
+    keep = pc.is_valid(names)
+    if spec.predict_at is not None:
+        due = int_times(v.table[spec.predict_at.column])
+        keep = pc.and_(keep, pa.array((due >= now - RECENT) | (due == MISSING)))
+    table = table.filter(keep)
+    return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()

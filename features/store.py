@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.facts import Columns, Facts, closing_facts, first_known, int_times, versions
+from features.facts import Columns, Facts
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, read_table
-from features.keys import filled, key_arrays, one_chunk, text_keys
-from features.online import KEY_TAG, LAYOUT_TAG, RECENT, layouts, served_store
-from features.steps import KEY, TIME
+from features.keys import filled, one_chunk
+from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
+from features.rows import online_rows
+from features.steps import TIME
 from features.views import absent, stored_views
 from features.windows import build_views
 from pipelines.clock import MISSING
-from pipelines.errors import MillraceError, Refused
+from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
 from pipelines.spec import Sequence, Spec, TimeSplit
@@ -90,7 +90,7 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     try:
         tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
         rows = write_views(spec, tables, scratch, since)
-        pq.write_table(online_rows(spec, tables, snapshot), scratch / "online_rows.parquet", compression="zstd")
+        pq.write_table(online_rows(spec, tables, snapshot.watermark_us), scratch / "online_rows.parquet", compression="zstd")
         files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
         place = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs))
         apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch))
@@ -153,35 +153,6 @@ def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSe
     return FeatureSet(home.relative(folder), digest_of(done["files"]), done["defs_digest"], done["snapshot"],
                       done["since_us"], done["rows"],
                       f"{done['rows']:,} steps in {len(done['files']) - 1} views")  # fmt: skip
-
-
-def _refuse_large_keys(spec: Spec, table: pa.Table) -> None:
-    """A group that a whole number names is looked up by it when served, and there numbers are float64."""
-    columns = spec.row_source.columns
-    for name in sorted({c for stored in stored_views(spec) for c in stored.key if columns[c].type == "int64"}):
-        limits = pc.min_max(table[name]).as_py()
-        if limits["min"] is not None and max(-limits["min"], limits["max"]) >= 2**53:
-            raise Refused(
-                f"source {spec.rows.source!r}: column {name!r}, a key of features, holds whole numbers of 2^53 or more, "
-                "which are not exact as features: write that column as text"
-            )
-
-
-def online_rows(spec: Spec, tables: Mapping[str, pa.Table], snapshot: Snapshot) -> pa.Table:
-    """Versions of the rows source that a request may name: _key, _live_from, _live_to, _closed_at and the columns."""
-    _refuse_large_keys(spec, tables[spec.rows.source])
-    v = versions(tables[spec.rows.source], spec.row_source)
-    names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
-    closed = first_known(names, closing_facts(spec, tables))
-    table = v.table.select([*spec.row_source.columns]).append_column(KEY, names)
-    for name, values in (("_live_from", v.known_from), ("_live_to", v.known_to), ("_closed_at", closed)):
-        table = table.append_column(name, pa.array(values))
-    keep = pc.is_valid(names)
-    if spec.predict_at is not None:
-        due = int_times(v.table[spec.predict_at.column])
-        keep = pc.and_(keep, pa.array((due >= snapshot.watermark_us - RECENT) | (due == MISSING)))
-    table = table.filter(keep)
-    return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()
 
 
 def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.facts import Columns
+from features.feed import feed
 from features.frame import assemble, feature_list, own_columns
 from features.ingest import ARROW, Snapshot, cut, ingest, read_table
-from features.online import OnlineStore, feed, serve_features
-from features.rows import PARTS, find_rows
-from features.store import online_rows, write_views
+from features.online import OnlineStore, serve_features
+from features.rows import PARTS, find_rows, online_rows
+from features.store import write_views
 from pipelines.clock import MISSING, NEVER, Anchor
 from pipelines.home import Home, open_home
 from pipelines.spec import Source, Spec
@@ -181,7 +182,7 @@ def serve_world(world: World, folder: Path, *, since: int = MISSING, anchor: int
     features = folder / f"features{since}"
     if not features.exists():
         write_views(world.spec, world.tables, features, since)
-        pq.write_table(online_rows(world.spec, world.tables, world.snapshot), features / "online_rows.parquet")
+        pq.write_table(online_rows(world.spec, world.tables, world.snapshot.watermark_us), features / "online_rows.parquet")
     feed(world.spec, features, folder / f"store{anchor}", Anchor(anchor, 0), world.snapshot.digest)
     return OnlineStore(world.spec, folder / f"store{anchor}")
 

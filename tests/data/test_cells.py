@@ -10,10 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from features import online, store
-from features.cells import Cell, Held, StoreDown, open_cells, writable_cells
-from features.online import OnlineStore, feed, serve_features
-from features.store import online_rows, write_views
+from features import feed as feeding
+from features import online, rows
+from features.cells import Change, Held, StoreDown, Update, open_cells, writable_cells
+from features.feed import feed
+from features.online import OnlineStore, serve_features
+from features.rows import online_rows
+from features.store import write_views
 from pipelines.clock import Anchor
 from pipelines.errors import MillraceError
 from tests.agreement import features_at, frame_differences, make_world, served_differences
@@ -24,7 +27,7 @@ KEYS = ["", "a", "a\x1fb", "é\x1f🐟", "x" * 300]
 
 def fill(place: str, mark: str, keys: list[str] = KEYS) -> bool:
     cells = [(view, key, f"{mark}{view}{key}".encode()) for view in ("one", "two") for key in keys]
-    return writable_cells(place).feed(lambda held: ({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
+    return writable_cells(place).feed(lambda held: Update({"mark": mark, "before": held.get("mark", "")}, iter(cells)))
 
 
 def look(cells: Held) -> tuple[str, dict[str, bytes], dict[str, bytes]]:
@@ -66,13 +69,13 @@ def test_a_file_that_a_killed_writer_left_without_its_tables_is_an_empty_store(t
 
 
 def test_a_feed_that_breaks_leaves_what_was_there(place: str) -> None:
-    def broken() -> Iterator[Cell]:
+    def broken() -> Iterator[Change]:
         yield from (("one", str(i), b"new") for i in range(5_000))
         raise RuntimeError("the disk is gone")
 
     fill(place, "m")
     with pytest.raises(RuntimeError):
-        writable_cells(place).feed(lambda held: ({"mark": "broken"}, broken()))
+        writable_cells(place).feed(lambda held: Update({"mark": "broken"}, broken()))
     assert look(open_cells(place))[:2] == ("m", {key: f"mone{key}".encode() for key in KEYS})
     assert fill(place, "n")  # nothing is locked
 
@@ -109,12 +112,12 @@ def test_a_store_that_was_never_fed(place: str, tmp_path: Path) -> None:
 def test_what_is_served_agrees_with_the_oracle(
     seed: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "RECENT", 2**60)
-    monkeypatch.setattr(online, "RECENT", 2**60)
+    for module in (rows, feeding, online):
+        monkeypatch.setattr(module, "RECENT", 2**60)
     world = make_world(seed, tmp_path)
     folder = tmp_path / "features"
     write_views(world.spec, world.tables, folder)
-    pq.write_table(online_rows(world.spec, world.tables, world.snapshot), folder / "online_rows.parquet")
+    pq.write_table(online_rows(world.spec, world.tables, world.snapshot.watermark_us), folder / "online_rows.parquet")
     assert feed(world.spec, folder, place, Anchor(-(2**60), 0), world.snapshot.digest)
     assert not feed(world.spec, folder, place, Anchor(-(2**60), 0), world.snapshot.digest)  # it goes only forward
     served, asked = OnlineStore(world.spec, place), world.asked()
@@ -129,7 +132,7 @@ def test_a_server_that_is_down_is_said_and_comes_back(kind: str, request: pytest
     world = make_world(3000, tmp_path)
     folder = tmp_path / "features"
     write_views(world.spec, world.tables, folder)
-    pq.write_table(online_rows(world.spec, world.tables, world.snapshot), folder / "online_rows.parquet")
+    pq.write_table(online_rows(world.spec, world.tables, world.snapshot.watermark_us), folder / "online_rows.parquet")
     feed(world.spec, folder, place, Anchor(0, 0), world.snapshot.digest)
     served, request_ = OnlineStore(world.spec, place), world.case.requests[0]
     before = serve_features(served, [request_.version], request_.t)

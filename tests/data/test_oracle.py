@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from features import facts, frame, online, store, windows
+from features import facts, feed, frame, online, rows, windows
 from features.facts import Versions
 from features.store import build_features, historical_features
 from features.windows import Part
@@ -45,8 +45,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def old_rows_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The served store forgets rows by age; the random tables span hours to months."""
-    monkeypatch.setattr(store, "RECENT", 2**60)
-    monkeypatch.setattr(online, "RECENT", 2**60)
+    for module in (rows, feed, online):
+        monkeypatch.setattr(module, "RECENT", 2**60)
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))

@@ -14,10 +14,11 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, PushSour
 from feast.data_source import PushMode
 from feast.types import Float64, Int64, String
 
-from features.cells import open_cells, writable_cells
+from features.cells import Update, open_cells, writable_cells
 from features.facts import Columns
+from features.feed import feed
 from features.frame import own_columns
-from features.online import OnlineStore, feed, own_keys
+from features.online import OnlineStore, own_keys
 from features.store import build_features, open_feast
 from features.views import absent, stored_views
 from pipelines.clock import Anchor
@@ -139,7 +140,7 @@ def test_a_release_leaves_the_views_of_feast_alone(place: str, tmp_path: Path) -
     store = repository(tmp_path / "repo", place)
     store.push("pushed", stops([("a", 5, 0.5, "L1", NOON)]).to_pandas(), to=PushMode.ONLINE)
     cells = writable_cells(place)
-    assert cells.feed(lambda held: ({"data_us": "1"}, iter([("rows", "k", b"x")])))
+    assert cells.feed(lambda held: Update({"data_us": "1"}, [("rows", "k", b"x")]))
     assert read(store, "a")["waiting"] == [5]
     store.teardown()
     assert open_cells(place).get([("rows", ["k"])]) == [{"k": b"x"}]

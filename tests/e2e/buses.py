@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deploy.bundle import Bento, build_bento
+from features.feed import feed
 from features.ingest import Snapshot, ingest
-from features.online import feed
 from features.store import FeatureSet, build_features
 from features.trainset import TrainingSet, build_training_set, load_training_set
 from models.gbdt import fit_gbdt

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from features.facts import Columns
+from features.feed import feed
 from features.frame import feature_list, is_missing
 from features.ingest import ingest, read_table
-from features.online import OnlineStore, feed, serve_features
+from features.online import OnlineStore, serve_features
 from features.store import FeatureSet, build_features, first_needed, historical_features
 from pipelines.clock import Anchor
 from pipelines.home import Home, open_home

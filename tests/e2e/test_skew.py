@@ -22,9 +22,10 @@ from deploy.monitor import monitor
 from deploy.process import call, free_port, start, stop
 from deploy.rollout import Release, bento_folder, feed_all, promote
 from deploy.skew import Skew, check_skew, compare
+from features.feed import feed
 from features.frame import feature_list
 from features.ingest import ingest
-from features.online import OnlineStore, feed, serve_features
+from features.online import OnlineStore, serve_features
 from features.skew import different, known_features
 from features.store import build_features
 from pipelines.clock import MISSING, Anchor, iso, parse_time

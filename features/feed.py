@@ -1,0 +1,161 @@
+"""The served store, written: the steps that still matter, one packed row per key and view.
+
+For every key the newest step not later than the anchor is kept and all later ones, so the store answers for every instant
+from the anchor on, also when no event arrives. It only goes forward. Facts that arrive later change the cells of the keys
+that they touch and no others: a day, or a second of pushed events, costs what it touches.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
+from features.facts import Facts, int_times
+from features.keys import codes_of, key_arrays, key_runs, one_chunk, text_keys
+from features.online import RECENT, ROWS, Layout, layout_digest, layouts, pack
+from features.rows import online_rows
+from features.steps import KEY, TIME
+from features.windows import build_views
+from pipelines.clock import Anchor
+from pipelines.spec import Open, Spec
+from pipelines.spec import Sequence as Chain
+
+Tables = Mapping[str, pa.Table]
+
+
+def feed(
+    spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str, *, newest: Mapping[str, int] | None = None,
+    pushed: Sequence[Event] = (), overlay: Callable[[], Iterable[Change]] = tuple,
+) -> bool:  # fmt: skip
+    """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
+
+    False, and nothing written, where the store is already at this snapshot or beyond this time. `newest`: known-at (µs) of
+    the newest fact by source. `pushed`: events that the snapshot may lack, of which `overlay` gives the cells.
+    """
+
+    def decide(held: Meta) -> Update | None:
+        if _up_to(spec, held, anchor, snapshot):
+            return None
+        over = {(view, key): packed for view, key, packed in overlay()}
+        base = (cell for cell in _cells(spec, features, anchor.data_us) if cell[:2] not in over)
+        more = ((view, key, packed) for (view, key), packed in over.items() if packed is not None)
+        return Update(_meta(spec, anchor, snapshot, newest), chain(base, more), events=pushed)
+
+    return writable_cells(store).feed(decide)
+
+
+def feed_changes(
+    spec: Spec, store: Path | str, anchor: Anchor, snapshot: str, since: str, changes: Callable[[], Iterable[Change]],
+    newest: Mapping[str, int],
+) -> bool:  # fmt: skip
+    """Moves a served store from snapshot `since` on by the cells that changed; False where it is not at `since` (any more)."""
+
+    def decide(held: Meta) -> Update | None:
+        at_since = held.get("snapshot") == since and held["format"] == layout_digest(spec)
+        if not at_since or int(held["data_us"]) > anchor.data_us:
+            return None
+        return Update(_meta(spec, anchor, snapshot, newest), changes(), whole=False)
+
+    return writable_cells(store).feed(decide)
+
+
+def is_fed(spec: Spec, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
+    """Whether a feed would write nothing."""
+    return _up_to(spec, open_cells(store).meta(), anchor, snapshot)
+
+
+def _up_to(spec: Spec, held: Meta, anchor: Anchor, snapshot: str) -> bool:
+    same = bool(held) and (held["snapshot"], held["format"]) == (snapshot, layout_digest(spec))
+    return bool(held) and (int(held["data_us"]), same) >= (anchor.data_us, True)
+
+
+def _meta(spec: Spec, anchor: Anchor, snapshot: str, newest: Mapping[str, int] | None) -> Meta:
+    return {"format": layout_digest(spec), "snapshot": snapshot, "data_us": str(anchor.data_us),
+            "wall_us": str(anchor.wall_us), "newest": json.dumps(dict(newest or {}))}  # fmt: skip
+
+
+def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
+    """Every packed row that is needed from the anchor on."""
+    for layout in layouts(spec).values():
+        file = "online_rows.parquet" if layout.view == ROWS else f"views/{layout.view}.parquet"
+        keys, packed = _packed(spec, layout, pq.read_table(features / file, use_threads=False, read_dictionary=[KEY]), anchor)
+        for key, rows in zip(keys, packed, strict=True):
+            yield layout.view, key, rows
+
+
+def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[list[str], Iterator[bytes]]:
+    """The keys of a view that are needed from the anchor on, and their packed rows."""
+    if layout.view == ROWS:
+        table = table.filter(pc.greater(table["_live_to"], anchor))
+    elif layout.times[0] == "_order":
+        shape = spec.features.views[layout.view].shape
+        assert isinstance(shape, Chain)
+        near = pc.greater_equal(table["_order"], anchor - RECENT - shape.within)
+        table = table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor)))
+    elif table.num_rows:
+        later = int_times(table[TIME]) > anchor
+        last = np.zeros(len(later), bool)
+        last[key_runs(table[KEY])[1][1:] - 1] = True
+        table = table.filter(pa.array(later | last | np.append(later[1:], False)))
+    if not table.num_rows:
+        return [], iter(())
+    keys, start = key_runs(table[KEY])
+    return keys.to_pylist(), pack(layout, table, start)
+
+
+# What new facts change
+
+
+def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Iterator[Change]:
+    """The cells, right from `anchor` (µs) on, that the facts `new` (source → rows) change; `tables` hold them too."""
+    every, packing = Facts(spec, tables), layouts(spec)
+    for name, view in spec.features.views.items():
+        source = view.shape.source
+        others = view.shape.closed_by if isinstance(view.shape, Open) else ()
+        others = tuple(view.shape.facts) if isinstance(view.shape, Chain) else others
+        keys, some = _touched(every, new, source, others, view.shape.key)
+        if not len(keys):
+            continue
+        facts = Facts(spec, {**tables, source: some} if source not in others else tables, since=anchor)
+        for stored, table in build_views(facts, name):
+            yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
+    source = spec.rows.source
+    keys, some = _touched(every, new, source, spec.closed_by, spec.row_key)
+    if len(keys):
+        table = online_rows(spec, {**tables, source: some} if source not in spec.closed_by else tables, anchor)
+        table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
+        yield from _of_keys(ROWS, keys, *_packed(spec, packing[ROWS], table, anchor))
+
+
+def _touched(
+    every: Facts, new: Tables, source: str, others: Sequence[str], key: Sequence[str]
+) -> tuple[pa.Array, pa.Table]:  # fmt: skip
+    """Keys of a view over `source` that new facts touch, also those of `others` with the key of one of its facts; and all
+    facts that ever had one of these keys, with all their versions."""
+    own_key, table = every.spec.sources[source].key, every.tables[source]
+    named = [text_keys(key_arrays(new[s], own_key), new[s].num_rows) for s in (source, *others) if s in new]
+    if not named or not sum(map(len, named)):
+        return pa.array([], pa.string()), table
+    touched = _within(every.names(source, own_key), pa.concat_arrays([one_chunk(n) for n in named]))
+    keys = every.names(source, key).filter(pa.array(touched)).drop_null().unique()
+    fact = every.versions(source).fact
+    whole = np.zeros(len(fact) + 1, bool)
+    whole[fact[_within(every.names(source, key), keys)]] = True
+    return keys, table.filter(pa.array(whole[fact]))
+
+
+def _within(names: pa.Array, keys: pa.Array) -> np.ndarray:
+    """Which names are among the keys; a null is not."""
+    return codes_of(names, keys) >= 0
+
+
+def _of_keys(view: str, keys: pa.Array, names: list[str], packed: Iterator[bytes]) -> Iterator[Change]:
+    found = dict(zip(names, packed, strict=True))
+    for key in keys.to_pylist():
+        yield view, key, found.get(key)

@@ -1,0 +1,141 @@
+"""The served store is moved on by what changed: it answers as one that was fed whole, and costs what changed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features import feed as feeding
+from features import online, rows
+from features.cells import open_cells
+from features.feed import changed_cells, feed, feed_changes
+from features.online import OnlineStore, serve_features
+from features.store import write_views
+from pipelines.clock import Anchor
+from tests.agreement import World, features_at, frame_differences, make_world, served_differences
+
+Tables = dict[str, pa.Table]
+
+
+def split(world: World, seed: int, parts: int) -> list[Tables]:
+    """The facts of a world as they may have come: each in one of some parts, by chance."""
+    draw, found = np.random.default_rng(seed), []
+    chosen = {name: draw.integers(0, parts, table.num_rows) for name, table in world.tables.items()}
+    for part in range(parts):
+        found.append({name: table.filter(pa.array(chosen[name] == part)) for name, table in world.tables.items()})
+    return found
+
+
+def joined(world: World, parts: list[Tables]) -> Tables:
+    """Facts of several parts, in the order of a snapshot."""
+    found = {}
+    for name, source in world.spec.sources.items():
+        table = pa.concat_tables([part[name] for part in parts])
+        found[name] = table.sort_by([(k, "ascending") for k in (*source.key, "_known_at")]).combine_chunks()
+    return found
+
+
+def fed_in_parts(world: World, folder: Path, place: str, seed: int, anchors: list[int]) -> OnlineStore:
+    """A store fed with a first part of the facts, then moved on part by part."""
+    parts = split(world, seed, len(anchors))
+    write_views(world.spec, parts[0], folder, anchors[0])
+    pq.write_table(rows.online_rows(world.spec, parts[0], anchors[0]), folder / "online_rows.parquet")
+    assert feed(world.spec, folder, place, Anchor(anchors[0], 0), "0")
+    for i, anchor in enumerate(anchors[1:], 1):
+        tables = joined(world, parts[: i + 1])
+
+        def changes(i: int = i, tables: Tables = tables, anchor: int = anchor) -> list[feeding.Change]:
+            return list(changed_cells(world.spec, tables, parts[i], anchor))
+
+        assert feed_changes(world.spec, place, Anchor(anchor, 0), str(i), str(i - 1), changes, {})
+    return OnlineStore(world.spec, place)
+
+
+@pytest.fixture(autouse=True)
+def old_rows_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rows, feeding, online):
+        monkeypatch.setattr(module, "RECENT", 2**60)
+
+
+def differences(world: World, folder: Path, place: str, seed: int) -> list[str]:
+    times = sorted(request.t for request in world.case.requests)
+    store = fed_in_parts(world, folder, place, seed, [times[0], times[1], times[2]])
+    asked = [(version, t) for version, t in world.asked() if t >= times[2]]
+    found = frame_differences(world.spec, features_at(store, asked), world.expected(asked), "row")
+    return found + served_differences(world, store)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_store_moved_on_by_changes_agrees_with_the_oracle(block: int, tmp_path: Path) -> None:
+    found = []
+    for seed in range(5_000 + block * 10, 5_010 + block * 10):
+        folder = tmp_path / str(seed)
+        found += [f"seed {seed}: {text}" for text in
+                  differences(make_world(seed, folder), folder / "features", str(folder / "served"), seed)]  # fmt: skip
+    assert found == []
+
+
+def test_the_stores_on_servers_are_moved_on_too(place: str, tmp_path: Path) -> None:
+    assert differences(make_world(5_003, tmp_path), tmp_path / "features", place, 5_003) == []
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def closers_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = feeding._touched
+    monkeypatch.setattr(feeding, "_touched", lambda every, new, source, others, key: honest(every, new, source, (), key))
+
+
+def other_versions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mutant(every, new, source, others, key, honest=feeding._touched):  # type: ignore[no-untyped-def]
+        keys, some = honest(every, new, source, others, key)
+        names = every.names(source, key)
+        return keys, every.tables[source].filter(pa.array(feeding._within(names, keys))) if len(keys) else some
+
+    monkeypatch.setattr(feeding, "_touched", mutant)
+
+
+def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = feeding._of_keys
+    monkeypatch.setattr(feeding, "_of_keys", lambda *told: (change for change in honest(*told) if change[2] is not None))
+
+
+@pytest.mark.parametrize("plant", [closers_do_not_touch, other_versions_are_left_out, nothing_is_removed])
+def test_a_fault_in_what_is_touched_is_seen(plant: Plant, tmp_path: Path) -> None:
+    for seed in range(5_000, 5_100):
+        folder = tmp_path / str(seed)
+        world = make_world(seed, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch)
+            if differences(world, folder / "features", str(folder / "served"), seed):
+                return
+    pytest.fail("not seen on 100 random pipelines")
+
+
+def test_a_store_that_is_elsewhere_is_not_moved(tmp_path: Path) -> None:
+    world = make_world(5_001, tmp_path)
+    store = fed_in_parts(world, tmp_path / "features", str(tmp_path / "served"), 1, [0, 1])
+
+    def never() -> list[feeding.Change]:
+        raise AssertionError("nothing is computed for a store that is not moved")
+
+    assert not feed_changes(world.spec, tmp_path / "served", Anchor(2, 0), "2", "0", never, {})
+    assert not feed_changes(world.spec, tmp_path / "served", Anchor(0, 0), "2", "1", never, {})
+    assert store.meta()["snapshot"] == "1"
+
+
+def test_only_what_is_touched_is_written(tmp_path: Path) -> None:
+    world = make_world(5_001, tmp_path)
+    place = str(tmp_path / "served")
+    fed_in_parts(world, tmp_path / "features", place, 1, [0])
+    name = world.spec.rows.source
+    one = world.tables[name].slice(0, 1)
+    changes = list(changed_cells(world.spec, world.tables, {name: one}, 0))
+    cells = open_cells(place)
+    every = {(view, key) for view in online.layouts(world.spec) for key in cells.keys(view)}
+    assert 0 < len(changes) < len(every) and {change[:2] for change in changes} <= every
+    assert serve_features(OnlineStore(world.spec, place), [world.case.requests[0].version], 0)
