@@ -23,7 +23,7 @@ from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.windows import build_views
 from pipelines.clock import Anchor
-from pipelines.spec import Open, Spec
+from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
 
 Tables = Mapping[str, pa.Table]
@@ -117,16 +117,15 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
         source = view.shape.source
-        others = view.shape.closed_by if isinstance(view.shape, Open) else ()
-        others = tuple(view.shape.facts) if isinstance(view.shape, Chain) else others
-        keys, some = _touched(every, new, source, others, view.shape.key)
+        others = _others(view.shape)
+        keys, some = _touched(every, new, source, view.shape.key, others, spec.sources[source].key)
         if not len(keys):
             continue
         facts = Facts(spec, {**tables, source: some} if source not in others else tables, since=anchor)
         for stored, table in build_views(facts, name):
             yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
     source = spec.rows.source
-    keys, some = _touched(every, new, source, spec.closed_by, spec.row_key)
+    keys, some = _touched(every, new, source, spec.row_key, spec.closed_by, spec.row_key)
     if len(keys):
         table = online_rows(spec, {**tables, source: some} if source not in spec.closed_by else tables, anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
@@ -134,15 +133,18 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
 
 
 def _touched(
-    every: Facts, new: Tables, source: str, others: Sequence[str], key: Sequence[str]
+    every: Facts, new: Tables, source: str, key: Sequence[str], others: Sequence[str], joined: Sequence[str]
 ) -> tuple[pa.Array, pa.Table]:  # fmt: skip
-    """Keys of a view over `source` that new facts touch, also those of `others` with the key of one of its facts; and all
+    """Keys of a view over `source` that new facts touch, also those of `others`, which are `joined` to its facts; and all
     facts that ever had one of these keys, with all their versions."""
-    own_key, table = every.spec.sources[source].key, every.tables[source]
-    named = [text_keys(key_arrays(new[s], own_key), new[s].num_rows) for s in (source, *others) if s in new]
-    if not named or not sum(map(len, named)):
+    table = every.tables[source]
+    touched = np.zeros(table.num_rows, bool)
+    for name, by in ((source, every.spec.sources[source].key), *((other, joined) for other in others)):
+        if name in new and new[name].num_rows:
+            names = text_keys(key_arrays(new[name], by), new[name].num_rows)
+            touched |= _within(every.names(source, by), one_chunk(names))
+    if not touched.any():
         return pa.array([], pa.string()), table
-    touched = _within(every.names(source, own_key), pa.concat_arrays([one_chunk(n) for n in named]))
     keys = every.names(source, key).filter(pa.array(touched)).drop_null().unique()
     fact = every.versions(source).fact
     whole = np.zeros(len(fact) + 1, bool)
@@ -159,3 +161,42 @@ def _of_keys(view: str, keys: pa.Array, names: list[str], packed: Iterator[bytes
     found = dict(zip(names, packed, strict=True))
     for key in keys.to_pylist():
         yield view, key, found.get(key)
+
+
+def recent(spec: Spec, tables: Tables, since: int) -> Tables:
+    """The facts that can still matter from `since` (µs) on, with all versions of each.
+
+    Kept whole are sources of which a view takes the latest, however old; else facts that name a time, or became known, no
+    longer ago than the longest window reaches back, and what closes or completes a plan that is kept.
+    """
+    shapes = [view.shape for view in spec.features.views.values()]
+    reach = max([0, *(length for s in shapes if isinstance(s, Window | Open) for length in s.last),
+                 *(s.within for s in shapes if isinstance(s, Chain))])  # fmt: skip
+    after, every, kept = since - RECENT - reach, Facts(spec, tables), {}
+    for name, table in tables.items():
+        young = np.zeros(table.num_rows, bool)
+        for column in table.schema.names:
+            if pa.types.is_timestamp(table.schema.field(column).type):
+                young |= int_times(table[column]) >= after
+        kept[name] = young | any(isinstance(s, Latest) and s.source == name for s in shapes)
+    for source, others in [*_completed(spec), (spec.rows.source, spec.closed_by)]:
+        key = spec.sources[source].key if source != spec.rows.source else spec.row_key
+        for other in others:
+            kept[other] |= _within(every.names(other, key), every.names(source, key).filter(pa.array(kept[source])))
+    found = {}
+    for name, table in tables.items():
+        fact = every.versions(name).fact
+        whole = np.zeros(len(fact) + 1, bool)
+        whole[fact[kept[name]]] = True
+        found[name] = table.filter(pa.array(whole[fact])).combine_chunks()
+    return found
+
+
+def _completed(spec: Spec) -> Iterator[tuple[str, Sequence[str]]]:
+    """Plans, and the sources with their key that close or complete them, by view."""
+    for view in spec.features.views.values():
+        yield view.shape.source, _others(view.shape)
+
+
+def _others(shape: Window | Latest | Open | Chain) -> tuple[str, ...]:
+    return shape.closed_by if isinstance(shape, Open) else tuple(shape.facts) if isinstance(shape, Chain) else ()

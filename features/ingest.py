@@ -270,33 +270,39 @@ def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.T
     parts, origin = [], []
     for number, (sha, arrival_us) in enumerate(objects):
         part = pq.read_table(home.objects / f"{sha}.parquet")
-        parts.append(part.append_column(KNOWN, _known_at(part, source, arrival_us)))
+        parts.append(part.append_column(KNOWN, known_at(part, source, arrival_us)))
         origin.append(np.full(part.num_rows, number))
-    table = pa.concat_tables(parts).replace_schema_metadata(None).combine_chunks()
-    order = pc.sort_indices(table, [(k, "ascending") for k in (*source.key, KNOWN)])
-    table, came_from = table.take(order).combine_chunks(), np.concatenate(origin)[order.to_numpy()]
-    if table.num_rows < 2:
-        return table, 0
-    names = text_keys([table[k] for k in source.key], table.num_rows)
-    known = table[KNOWN].combine_chunks().cast(pa.int64()).fill_null(0)
-    again = pc.and_(_same(names), _same(known))
-    if not pc.any(again, min_count=0).as_py():
-        return table, 0
-    twice = again.fill_null(False).to_numpy(zero_copy_only=False)
-    equal = twice.copy()
-    for column in set(table.column_names) - {*source.key, KNOWN}:
-        equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
-    if (clash := twice & ~equal).any():
-        at = int(np.flatnonzero(clash)[0])
+    table, order, equal, clash = in_order(pa.concat_tables(parts).replace_schema_metadata(None), source)
+    if clash.any():
+        at, came_from = int(np.flatnonzero(clash)[0]), np.concatenate(origin)[order]
         row = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[came_from[at]][0][:12], objects[came_from[at + 1]][0][:12]})
+        shas = sorted({objects[came_from[at]][0][:12], objects[came_from[at - 1]][0][:12]})
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
             f"such as {row} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
             "a correction needs a later known-at"
         )
-    keep = np.concatenate([[True], ~equal])
-    return table.filter(pa.array(keep)).combine_chunks(), int(equal.sum())
+    return (table.filter(pa.array(~equal)).combine_chunks() if equal.any() else table), int(equal.sum())
+
+
+def in_order(table: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
+    """Facts (N) by key and known-at; which row each was; which say what the one before says (bool), and which contradict it."""
+    table = table.combine_chunks()
+    order = pc.sort_indices(table, [(k, "ascending") for k in (*source.key, KNOWN)])
+    table = table.take(order).combine_chunks()
+    none = np.zeros(table.num_rows, bool)
+    if table.num_rows < 2:
+        return table, order.to_numpy(), none, none
+    names = text_keys([table[k] for k in source.key], table.num_rows)
+    known = table[KNOWN].combine_chunks().cast(pa.int64()).fill_null(0)
+    again = pc.and_(_same(names), _same(known))
+    if not pc.any(again, min_count=0).as_py():
+        return table, order.to_numpy(), none, none
+    twice = again.fill_null(False).to_numpy(zero_copy_only=False)
+    equal = twice.copy()
+    for column in set(table.column_names) - {*source.key, KNOWN}:
+        equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
+    return table, order.to_numpy(), np.append(False, equal), np.append(False, twice & ~equal)
 
 
 def _same(array: pa.Array) -> pa.Array:
@@ -314,7 +320,8 @@ def _unchanged(array: pa.Array) -> pa.Array:
     return same
 
 
-def _known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
+def known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
+    """When each fact became known, by the rule of its source."""
     rule, stamp = source.known_at, ARROW["timestamp"]
     if rule is None:
         return pa.repeat(pa.scalar(0, pa.int64()), table.num_rows).cast(stamp)

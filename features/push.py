@@ -1,0 +1,200 @@
+"""Push: facts that are in the served store within a second, each once, and that training sees as well.
+
+An event is a fact with an id. It is kept in the served store in the same transaction as the cells that it changes, so after
+any crash it counted once or not at all; `land_pushed` writes what was pushed among the landing files before a run looks at
+them, where a fact that arrives there by another way too counts once.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.cells import PUSHED, Event, Meta, Update, open_cells, writable_cells
+from features.facts import int_times
+from features.feed import Tables, changed_cells, recent
+from features.ingest import ARROW, in_order, known_at, read_snapshot, read_table
+from features.keys import KNOWN
+from features.online import layout_digest
+from pipelines.clock import MISSING, iso
+from pipelines.errors import MillraceError, nearest
+from pipelines.home import Home
+from pipelines.manifest import digest_of
+from pipelines.spec import Column, Source, Spec
+
+
+class BadEvent(MillraceError):
+    """An event that is not taken, and why."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of events: taken, known already by their ids, and the number of the last event in the store."""
+
+    taken: int
+    again: int
+    last: int
+
+
+class Pusher:
+    """Takes events into one served store. One per process; not shared between threads."""
+
+    def __init__(self, spec: Spec, home: Home, store: Path | str) -> None:
+        self.spec, self.home, self.cells = spec, home, writable_cells(store)
+        self.tables: Tables = {}
+        self.at = ("", 0)  # snapshot, and number of the last event, that the tables hold
+
+    def push(self, events: Sequence[Event], now: int) -> Receipt:
+        """Takes events whose facts are known by `now` (µs). All or none: raises BadEvent for one that cannot be taken."""
+        _refuse(self.spec, events, now)
+        done: list[tuple[Tables, Receipt]] = []
+
+        def decide(held: Meta) -> Update | None:
+            self._catch_up(held)
+            known = self.cells.seen([event.id for event in events])
+            fresh = list({event.id: event for event in events if event.id not in known}.values())
+            tables, new = with_events(self.spec, self.tables, fresh)
+            last = int(held.get(PUSHED, 0)) + len(fresh)
+            done[:] = [(tables, Receipt(len(fresh), len(events) - len(fresh), last))]
+            if not fresh:
+                return None
+            newest = json.loads(held.get("newest", "{}"))
+            for source, table in new.items():
+                newest[source] = max(newest.get(source, MISSING), int(int_times(table[KNOWN]).max(initial=MISSING)))
+            cells = changed_cells(self.spec, tables, new, int(held["data_us"]))
+            return Update({"newest": json.dumps(newest)}, cells, whole=False, events=fresh)
+
+        self.cells.feed(decide)
+        self.tables, receipt = done[0]
+        self.at = (self.at[0], receipt.last)
+        return receipt
+
+    def _catch_up(self, held: Meta) -> None:
+        """Brings the tables to what the store was fed, and to the events of other writers."""
+        if not held or held["format"] != layout_digest(self.spec):
+            raise MillraceError(f"the served store is not fed: run `millrace run {self.spec.pipeline}`")
+        if self.at == (held["snapshot"], int(held.get(PUSHED, 0))):
+            return
+        if self.at[0] != held["snapshot"]:
+            snapshot = read_snapshot(self.home, self.spec.pipeline, held["snapshot"])
+            whole = {name: read_table(self.spec, self.home, snapshot, name) for name in self.spec.sources}
+            self.tables = recent(self.spec, whole, int(held["data_us"]))
+        self.tables = with_events(self.spec, self.tables, self.cells.events())[0]
+        self.at = (held["snapshot"], int(held.get(PUSHED, 0)))
+
+
+def with_events(spec: Spec, tables: Tables, events: Iterable[Event]) -> tuple[Tables, Tables]:
+    """Facts with those of events among them, and the events' facts that were not there (source → rows).
+
+    Raises BadEvent where one contradicts another fact of the same key and known-at.
+    """
+    found, new = dict(tables), {}
+    for name, rows in event_tables(spec, events).items():
+        source, before = spec.sources[name], tables[name]
+        table, order, equal, clash = in_order(pa.concat_tables([before, rows.select(before.column_names)]), source)
+        if clash.any():
+            at = int(np.flatnonzero(clash)[0])
+            key = {k: str(table[k][at]) for k in source.key}
+            raise BadEvent(
+                f"source {name!r}: {key} known at {table[KNOWN][at]} is there with other values: "
+                "a correction needs a later known-at"
+            )
+        found[name] = table.filter(pa.array(~equal)).combine_chunks()
+        fresh = table.filter(pa.array(~equal & (order >= before.num_rows)))
+        if fresh.num_rows:
+            new[name] = fresh.combine_chunks()
+    return found, new
+
+
+def event_tables(spec: Spec, events: Iterable[Event]) -> dict[str, pa.Table]:
+    """The facts of events by source, as `read_table` gives them but in the order of the events."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        rows.setdefault(event.source, []).append(json.loads(event.row))
+    return {name: _table(spec.sources[name], listed) for name, listed in rows.items() if name in spec.sources}
+
+
+def _table(source: Source, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    columns = {}
+    for name, column in sorted(source.columns.items()):
+        kind = pa.int64() if column.type == "timestamp" else ARROW[column.type]
+        columns[name] = pa.array([row.get(name) for row in rows], kind).cast(ARROW[column.type])
+    table = pa.table(columns)
+    return table.append_column(KNOWN, known_at(table, source, 0))
+
+
+def _refuse(spec: Spec, events: Sequence[Event], now: int) -> None:
+    """Raises BadEvent for what the contract would refuse row by row, and for facts from the future."""
+    for event in events:
+        where = f"event {event.id!r}"
+        if event.source not in spec.sources:
+            raise BadEvent(f"{where}: source {event.source!r} is not one of {', '.join(spec.sources)}")
+        source, row = spec.sources[event.source], json.loads(event.row)
+        if source.known_at is None or source.known_at.arrival:
+            raise BadEvent(f"{where}: source {event.source!r} does not say when a fact became known: land its files instead")
+        if unknown := sorted(row.keys() - source.columns.keys()):
+            near = nearest(unknown[0], [*source.columns])
+            raise BadEvent(f"{where}: source {event.source!r} has no column {unknown[0]!r}{near}")
+        for name, column in source.columns.items():
+            needed = name in source.key or name in (source.event_time, source.known_at.column)
+            _refuse_value(f"{where}: column {name!r}", column, row.get(name), needed=needed)
+        for a, b in source.order:
+            if row.get(a) is not None and row.get(b) is not None and row[a] > row[b]:
+                raise BadEvent(f"{where}: {a} is after {b}; the spec says that it is not")
+        happened = row[source.event_time] if source.event_time else MISSING
+        known = row[source.known_at.column] if source.known_at.column else happened + (source.known_at.lag or 0)
+        if known > now:
+            raise BadEvent(f"{where} is from the future: known at {iso(known)}, and now it is {iso(now)}")
+        if source.kind == "observation" and happened > known:
+            raise BadEvent(f"{where} is known before it happens: {source.event_time} is {iso(happened)}")
+
+
+def _refuse_value(where: str, column: Column, value: Any, *, needed: bool) -> None:
+    if value is None:
+        if needed or not column.nulls:
+            raise BadEvent(f"{where} is missing; send a {column.type}")
+        return
+    low, high = column.min, column.max
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise BadEvent(f"{where} is {value:g}, outside {low} to {high}")
+    if column.values is not None and value not in column.values:
+        raise BadEvent(f"{where} is {value!r}, not one of {', '.join(column.values[:12])}")
+    if column.pattern is not None and not pc.match_substring_regex(pa.array([value]), column.pattern)[0].as_py():
+        raise BadEvent(f"{where} is {value!r}, which does not match {column.pattern!r}")
+
+
+def pushed_events(stores: Iterable[Path | str]) -> list[Event]:
+    """The events that are kept in some served stores, each once, in the order in which they came."""
+    found: dict[str, Event] = {}
+    for store in stores:
+        found |= {event.id: event for event in open_cells(store).events() if event.id not in found}
+    return sorted(found.values(), key=lambda event: event.wall_us)
+
+
+def land_pushed(spec: Spec, home: Home, events: Sequence[Event]) -> int:
+    """Writes the facts of events that were not landed yet among the landing files; how many. Repeating it lands none."""
+    index = home.landing(spec.pipeline) / ".pushed"
+    done = set(index.read_text().split("\n")) if index.exists() else set()
+    fresh = [event for event in events if digest_of(event.id) not in done and event.source in spec.sources]
+    for name, table in event_tables(spec, fresh).items():
+        ids = digest_of(sorted(event.id for event in fresh if event.source == name))
+        path = home.landing(spec.pipeline) / name / f"pushed-{fresh[0].wall_us}-{ids[:12]}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            pq.write_table(table.drop_columns([KNOWN]), scratch)
+            scratch.replace(path)  # the same events again get the same name
+        finally:
+            scratch.unlink(missing_ok=True)
+    if fresh:
+        scratch = index.with_name(f".pushed.{os.getpid()}")
+        scratch.write_text("\n".join(sorted(digest_of(event.id) for event in events)))
+        scratch.replace(index)
+    return len(fresh)
