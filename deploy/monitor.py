@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from deploy.rollout import Release, bento_spec, champion
+from deploy.rollout import Release, bento_spec, champion, take_in
 from deploy.skew import Skew, check_skew
 from features.frame import as_array, is_missing
-from features.ingest import ingest, read_table
+from features.ingest import read_table
 from features.keys import text_key
 from features.rows import PARTS, labels
 from models.evaluate import CHALLENGER, metric_values
@@ -110,7 +110,7 @@ def _outcomes(spec: Spec, home: Home, log: pa.Table) -> tuple[np.ndarray, np.nda
     for text in log["key"].to_pylist():
         body = json.loads(text)
         keys.append(text_key([parse_time(body[n]) if types.get(n) == "timestamp" else body[n] for n in spec.row_key]))
-    snapshot = ingest(spec, home)
+    snapshot = take_in(spec, home)
     tables = {spec.label.source: read_table(spec, home, snapshot, spec.label.source)}
     distinct = pa.array(sorted({key for key in keys if key is not None}), pa.string())
     found, _ = labels(spec, tables, distinct, snapshot.watermark_us)

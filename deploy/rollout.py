@@ -1,6 +1,7 @@
 """Releases: an append-only log and one pointer, moved by compare-and-set; and the feeding of what serves."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -8,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import load_bento
-from features.feed import feed, is_fed
-from features.ingest import Snapshot, read_snapshot
+from features.cells import StoreDown, open_cells
+from features.feed import feed, feed_changes, is_fed
+from features.ingest import Snapshot, ingest, read_snapshot
 from features.online import served_store
+from features.push import Delivery, land_pushed, pushed_events
 from features.rows import seen_until
 from features.store import FeatureSet, build_features, defs_digest
-from pipelines.clock import Anchor, iso, wall_us
+from features.views import RECENT
+from pipelines.clock import MISSING, Anchor, iso, wall_us
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
 from pipelines.manifest import FORMAT_VERSION, Artifact, lock, read_json, write_json, write_page
 from pipelines.run import Run, accepted
 from pipelines.spec import Spec
 
+log = logging.getLogger("millrace.rollout")
 KEPT = 3  # releases whose served store is fed: the champion and those before it
 
 
@@ -138,24 +143,55 @@ def feed_all(
 ) -> list[str]:  # fmt: skip
     """Feeds the served store of every kept release; names those that moved. Repeating it changes nothing.
 
-    `built` serves the releases that define features as it does; for others the steps from the anchor on are made. `at`:
-    the server that holds the stores, where that is not the home.
+    A store is moved on by the cells that changed since its last feed; where that is not possible or would not pay, it is
+    written whole from the steps of `built`, where that defines features alike, or from steps made from the anchor on. What
+    was pushed and is not in the snapshot stays served. `at`: the server that holds the stores, where that is not the home.
     """
-    fed = []
-    for release in released(home, pipeline)[-KEPT:]:
-        spec = bento_spec(home, release)
-        defs = defs_digest(spec)
-        store = served_store(at, pipeline, home.online(pipeline, defs))
+    fed, kept = [], served_stores(home, pipeline, at)
+    for release, spec, store in kept:
         if is_fed(spec, store, anchor, snapshot.digest):
             continue
-        same = built is not None and built.defs_digest == defs
-        features = built if built and same else build_features(spec, home, snapshot, since=anchor.data_us)
-        if feed(spec, home.root / features.path, store, anchor, snapshot.digest):
+        facts = Delivery(spec, home, snapshot, anchor.data_us, [other for _, _, other in kept])
+        if _move_on(facts, store, anchor) or _feed_whole(facts, store, anchor, built, release.defs_digest):
             fed.append(release.release)
     if fed:
         body = {"data_us": anchor.data_us, "wall_us": anchor.wall_us, "snapshot": snapshot.digest, "releases": fed}
         _append(home, pipeline, "feed", body, "new facts")
     return fed
+
+
+def served_stores(home: Home, pipeline: str, at: str) -> list[tuple[Release, Spec, Path | str]]:
+    """The kept releases, what each means by its features, and where its served store lies."""
+    kept = [(release, bento_spec(home, release)) for release in released(home, pipeline)[-KEPT:]]
+    return [(r, spec, served_store(at, pipeline, home.online(pipeline, defs_digest(spec)))) for r, spec in kept]
+
+
+def _move_on(facts: Delivery, store: Path | str, anchor: Anchor) -> bool:
+    """Moves a store on by what changed since the snapshot that it holds; False where it is to be written whole."""
+    held = open_cells(store).meta()
+    old_rows = int(held.get("whole_us", MISSING)) < anchor.data_us - RECENT  # which only a whole feed clears away
+    path = facts.home.snapshots(facts.spec.pipeline) / f"{held.get('snapshot')}.json"
+    if old_rows or not path.exists() or not facts.read_since(read_snapshot(facts.home, facts.spec.pipeline, held["snapshot"])):
+        return False
+    return feed_changes(facts.spec, store, anchor, facts.snapshot.digest, since=held["snapshot"], newest=facts.newest,
+                        fresh=facts.fresh)  # fmt: skip
+
+
+def _feed_whole(facts: Delivery, store: Path | str, anchor: Anchor, built: FeatureSet | None, defs: str) -> bool:
+    same = built is not None and built.defs_digest == defs
+    features = built if built and same else build_features(facts.spec, facts.home, facts.snapshot, since=anchor.data_us)
+    return feed(facts.spec, facts.home.root / features.path, store, anchor, facts.snapshot.digest, newest=features.newest_us,
+                fresh=facts.pushed)  # fmt: skip
+
+
+def take_in(spec: Spec, home: Home) -> Snapshot:
+    """The snapshot of everything landed, with what was pushed into the served stores. Raises Refused as `ingest` does."""
+    stores = [store for _, _, store in served_stores(home, spec.pipeline, spec.serve.store)]
+    try:
+        land_pushed(spec, home, pushed_events(stores))
+    except StoreDown as down:  # its events land when it is back
+        log.warning("%s", down)
+    return ingest(spec, home)
 
 
 def feed_elsewhere(home: Home, pipeline: str, at: str) -> list[str]:

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deploy.rollout import bento_folder, bento_spec, find_release
+from deploy.rollout import bento_folder, bento_spec, find_release, take_in
 from features.facts import Columns, int_times
 from features.frame import as_array, feature_list
-from features.ingest import ingest, read_snapshot
+from features.ingest import read_snapshot
 from features.skew import Asked, different, known_features
 from pipelines.clock import DAY_US, NEVER, iso, parse_time
 from pipelines.errors import MillraceError, Refused
@@ -174,7 +174,7 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
 def _late(spec: Spec, home: Home, log: pa.Table, offline: Columns) -> Columns | None:
     """Where cells change with what landed since, None where the landing is refused now."""
     try:
-        newest = ingest(spec, home)
+        newest = take_in(spec, home)
     except Refused:
         return None
     if log["snapshot"].unique().to_pylist() in ([], [newest.digest]):

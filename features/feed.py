@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
 from features.keys import codes_of, key_arrays, key_runs, one_chunk, text_keys
-from features.online import RECENT, ROWS, Layout, layout_digest, layouts, pack
+from features.online import ROWS, Layout, layout_digest, layouts, pack
 from features.rows import online_rows
 from features.steps import KEY, TIME
+from features.views import RECENT
 from features.windows import build_views
 from pipelines.clock import Anchor
 from pipelines.spec import Latest, Open, Spec, Window
@@ -29,30 +30,34 @@ from pipelines.spec import Sequence as Chain
 Tables = Mapping[str, pa.Table]
 
 
+Fresh = Callable[[], tuple[Sequence[Event], Iterable[Change]]]  # events that a store is to hold, and cells that change
+
+
 def feed(
     spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str, *, newest: Mapping[str, int] | None = None,
-    pushed: Sequence[Event] = (), overlay: Callable[[], Iterable[Change]] = tuple,
+    fresh: Fresh = lambda: ((), ()),
 ) -> bool:  # fmt: skip
     """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
 
     False, and nothing written, where the store is already at this snapshot or beyond this time. `newest`: known-at (µs) of
-    the newest fact by source. `pushed`: events that the snapshot may lack, of which `overlay` gives the cells.
+    the newest fact by source. `fresh`: pushed events that the snapshot may lack, asked for in the transaction.
     """
 
     def decide(held: Meta) -> Update | None:
         if _up_to(spec, held, anchor, snapshot):
             return None
-        over = {(view, key): packed for view, key, packed in overlay()}
+        events, changes = fresh()
+        over = {(view, key): packed for view, key, packed in changes}
         base = (cell for cell in _cells(spec, features, anchor.data_us) if cell[:2] not in over)
         more = ((view, key, packed) for (view, key), packed in over.items() if packed is not None)
-        return Update(_meta(spec, anchor, snapshot, newest), chain(base, more), events=pushed)
+        meta = {**_meta(spec, anchor, snapshot, newest or {}), "whole_us": str(anchor.data_us)}
+        return Update(meta, chain(base, more), events=events)
 
     return writable_cells(store).feed(decide)
 
 
 def feed_changes(
-    spec: Spec, store: Path | str, anchor: Anchor, snapshot: str, since: str, changes: Callable[[], Iterable[Change]],
-    newest: Mapping[str, int],
+    spec: Spec, store: Path | str, anchor: Anchor, snapshot: str, *, since: str, newest: Mapping[str, int], fresh: Fresh
 ) -> bool:  # fmt: skip
     """Moves a served store from snapshot `since` on by the cells that changed; False where it is not at `since` (any more)."""
 
@@ -60,7 +65,8 @@ def feed_changes(
         at_since = held.get("snapshot") == since and held["format"] == layout_digest(spec)
         if not at_since or int(held["data_us"]) > anchor.data_us:
             return None
-        return Update(_meta(spec, anchor, snapshot, newest), changes(), whole=False)
+        events, changes = fresh()
+        return Update(_meta(spec, anchor, snapshot, newest), changes, whole=False, events=events)
 
     return writable_cells(store).feed(decide)
 
@@ -75,9 +81,9 @@ def _up_to(spec: Spec, held: Meta, anchor: Anchor, snapshot: str) -> bool:
     return bool(held) and (int(held["data_us"]), same) >= (anchor.data_us, True)
 
 
-def _meta(spec: Spec, anchor: Anchor, snapshot: str, newest: Mapping[str, int] | None) -> Meta:
+def _meta(spec: Spec, anchor: Anchor, snapshot: str, newest: Mapping[str, int]) -> Meta:
     return {"format": layout_digest(spec), "snapshot": snapshot, "data_us": str(anchor.data_us),
-            "wall_us": str(anchor.wall_us), "newest": json.dumps(dict(newest or {}))}  # fmt: skip
+            "wall_us": str(anchor.wall_us), "newest": json.dumps(dict(newest))}  # fmt: skip
 
 
 def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:

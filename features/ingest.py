@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.keys import KNOWN, SEPARATOR, text_keys
-from pipelines.clock import iso, parse_time, wall_us
+from pipelines.clock import NEVER, iso, parse_time, wall_us
 from pipelines.errors import Refused, nearest
 from pipelines.home import Home
 from pipelines.manifest import digest_of, read_json, write_json, write_page
@@ -140,7 +140,7 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     write_json(path, body)
     tables = {name: read_table(spec, home, read_snapshot(home, spec.pipeline, digest), name) for name in spec.sources}
     body["rows"] = {name: table.num_rows for name, table in tables.items()}
-    body["watermark_us"] = max((us for t in tables.values() if (us := _newest(t)) is not None), default=as_of)
+    body["watermark_us"] = max((us for t in tables.values() if (us := newest(t)) is not None), default=as_of)
     write_json(path, body)
     return read_snapshot(home, spec.pipeline, digest)
 
@@ -153,6 +153,20 @@ def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Tabl
         known = pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"])
         table = table.filter(pc.fill_null(known, True))  # a fact without known-at stays, for the contract to refuse
     return table
+
+
+def read_new(spec: Spec, home: Home, snapshot: Snapshot, since: Snapshot, name: str) -> pa.Table | None:
+    """The facts of a source that `snapshot` knows and an earlier one may not; None where it lacks some that that one knows."""
+    now, then = (read_json(home.root / s.path)["objects"][name] for s in (snapshot, since))
+    if any(listed not in now for listed in then) or (since.until_us or 0) > (snapshot.until_us or NEVER):
+        return None
+    table = read_table(spec, home, snapshot, name) if since.until_us is not None else None
+    new = [listed for listed in now if listed not in then]
+    parts = [_merge(spec, name, home, new)[0]] if new else []
+    if table is not None:
+        parts.append(table.filter(pc.greater(table[KNOWN].cast(pa.int64()), since.until_us)))
+    found = pa.concat_tables(parts) if parts else read_table(spec, home, snapshot, name).slice(0, 0)
+    return found if snapshot.until_us is None else found.filter(pc.less_equal(found[KNOWN].cast(pa.int64()), snapshot.until_us))
 
 
 def _landed(spec: Spec, home: Home) -> dict[str, Path]:
@@ -333,8 +347,8 @@ def known_at(table: pa.Table, source: Source, arrival_us: int) -> pa.Array:
     return pc.add(table[source.event_time].combine_chunks().cast(pa.int64()), rule.lag).cast(stamp)
 
 
-def _newest(table: pa.Table) -> int | None:
-    """The largest known-at, µs."""
+def newest(table: pa.Table) -> int | None:
+    """The largest known-at, µs; None without facts."""
     found: int | None = pc.max(table[KNOWN]).cast(pa.int64()).as_py()
     return found
 
@@ -353,15 +367,15 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
     memo = home.snapshots(spec.pipeline) / "by_objects" / f"{digest_of([objects, _source_digest(spec)])}.json"
     if memo.exists():
         return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
-    rows, duplicates, newest, sha = {}, {}, [], hashlib.sha256()
+    rows, duplicates, latest, sha = {}, {}, [], hashlib.sha256()
     for name in sorted(objects):
         table, duplicates[name] = _merge(spec, name, home, objects[name])
         rows[name] = table.num_rows
-        newest += [us for us in [_newest(table)] if us is not None]
+        latest += [us for us in [newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
         values = table if arrives else table.drop_columns([KNOWN])
         sha.update(f"{name}={_values_digest(values)};".encode())
-    digest, watermark = sha.hexdigest(), max(newest, default=0)
+    digest, watermark = sha.hexdigest(), max(latest, default=0)
     body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
             "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,
             "schema": {name: json.loads(spec.sources[name].model_dump_json())["columns"] for name in rows}}  # fmt: skip

@@ -15,9 +15,8 @@ from features.cells import Held, Meta, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
-from features.rows import RECENT
 from features.steps import TIME, as_of, previous
-from features.views import Stored, absent, stored_views
+from features.views import RECENT, Stored, absent, stored_views
 from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.manifest import digest_of

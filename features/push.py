@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.cells import PUSHED, Event, Meta, Update, open_cells, writable_cells
-from features.facts import int_times
+from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
 from features.feed import Tables, changed_cells, recent
-from features.ingest import ARROW, in_order, known_at, read_snapshot, read_table
+from features.ingest import ARROW, Snapshot, in_order, known_at, newest, read_new, read_snapshot, read_table
 from features.keys import KNOWN
 from features.online import layout_digest
 from pipelines.clock import MISSING, iso
@@ -28,6 +28,8 @@ from pipelines.errors import MillraceError, nearest
 from pipelines.home import Home
 from pipelines.manifest import digest_of
 from pipelines.spec import Column, Source, Spec
+
+MANY = 0.1  # share of new facts from which on a store is written whole
 
 
 class BadEvent(MillraceError):
@@ -65,11 +67,11 @@ class Pusher:
             done[:] = [(tables, Receipt(len(fresh), len(events) - len(fresh), last))]
             if not fresh:
                 return None
-            newest = json.loads(held.get("newest", "{}"))
+            upto = json.loads(held.get("newest", "{}"))
             for source, table in new.items():
-                newest[source] = max(newest.get(source, MISSING), int(int_times(table[KNOWN]).max(initial=MISSING)))
+                upto[source] = max(upto.get(source, MISSING), newest(table) or MISSING)
             cells = changed_cells(self.spec, tables, new, int(held["data_us"]))
-            return Update({"newest": json.dumps(newest)}, cells, whole=False, events=fresh)
+            return Update({"newest": json.dumps(upto)}, cells, whole=False, events=fresh)
 
         self.cells.feed(decide)
         self.tables, receipt = done[0]
@@ -198,3 +200,49 @@ def land_pushed(spec: Spec, home: Home, events: Sequence[Event]) -> int:
         scratch.write_text("\n".join(sorted(digest_of(event.id) for event in events)))
         scratch.replace(index)
     return len(fresh)
+
+
+@dataclass
+class Delivery:
+    """The facts that a snapshot brings to served stores, right from `since_us` on, with what was pushed into any of them.
+
+    Read when they are asked for: a store that is written whole needs them only where something was pushed.
+    """
+
+    spec: Spec
+    home: Home
+    snapshot: Snapshot
+    since_us: int
+    stores: Sequence[Path | str]
+
+    @cached_property
+    def tables(self) -> Tables:
+        return {name: read_table(self.spec, self.home, self.snapshot, name) for name in self.spec.sources}
+
+    @property
+    def newest(self) -> dict[str, int]:
+        """Known-at of the newest fact by source, µs."""
+        return {name: us for name, table in self.tables.items() if (us := newest(table)) is not None}
+
+    def read_since(self, old: Snapshot) -> bool:
+        """Looks up what is new since a snapshot that a store holds; False where it lacks facts of that, or brings many."""
+        found = {name: read_new(self.spec, self.home, self.snapshot, old, name) for name in self.spec.sources}
+        self.new = {name: table for name, table in found.items() if table is not None}
+        many = sum(table.num_rows for table in self.new.values()) > MANY * sum(self.snapshot.rows.values())
+        return len(self.new) == len(found) and not many
+
+    def pushed(self) -> tuple[Sequence[Event], Iterable[Change]]:
+        """Pushed events, and the cells that those of them change which the snapshot lacks."""
+        events = pushed_events(self.stores)
+        if not events:
+            return (), ()
+        tables, new = with_events(self.spec, self.tables, events)
+        return events, changed_cells(self.spec, tables, new, self.since_us)
+
+    def fresh(self) -> tuple[Sequence[Event], Iterable[Change]]:
+        """Pushed events, and the cells that change with them and with what is new since the snapshot of `read_since`."""
+        events = pushed_events(self.stores)
+        tables, new = with_events(self.spec, self.tables, events)
+        both = [pa.concat_tables([t.select(self.tables[n].column_names) for t in (self.new[n], new.get(n)) if t is not None])
+                for n in self.spec.sources]  # fmt: skip
+        return events, changed_cells(self.spec, tables, dict(zip(self.spec.sources, both, strict=True)), self.since_us)

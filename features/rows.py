@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 from features.facts import closing_facts, first_known, holds, int_times, versions
 from features.keys import codes_of, grouped, key_arrays, text_keys
 from features.steps import KEY
-from features.views import stored_views
-from pipelines.clock import DAY_US, MISSING, NEVER
+from features.views import RECENT, stored_views
+from pipelines.clock import MISSING, NEVER
 from pipelines.errors import Refused
 from pipelines.spec import HashSplit, Spec, TimeSplit
 
-RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 PARTS = ("train", "valid_fit", "valid_select", "test")
 
 

@@ -14,9 +14,9 @@ from features.facts import Columns, int_times, versions
 from features.frame import is_missing
 from features.ingest import ARROW, Snapshot, read_table
 from features.keys import codes_of, grouped, key_arrays, request_key, text_keys
-from features.online import RECENT
 from features.steps import as_of, order_of, starts
 from features.store import build_features, defs_digest, historical_features
+from features.views import RECENT
 from pipelines.clock import DAY_US, MISSING
 from pipelines.home import Home
 from pipelines.manifest import read_json

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from features.facts import Columns, Facts
 from features.frame import as_array, assemble, feature_list, own_columns
-from features.ingest import Snapshot, read_table
+from features.ingest import Snapshot, newest, read_table
 from features.keys import filled, one_chunk
 from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
 from features.rows import online_rows
@@ -47,6 +47,7 @@ class FeatureSet:
     snapshot: str
     since_us: int
     rows: int
+    newest_us: dict[str, int] = field(default_factory=dict)  # known-at of the newest fact by source
     line: str = ""
 
     @property
@@ -97,6 +98,7 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         done = {
             "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
             "watermark_us": snapshot.watermark_us, "rows": rows,
+            "newest_us": {name: us for name, table in tables.items() if (us := newest(table)) is not None},
         }  # fmt: skip
         _summary(spec, scratch)
         write_json(scratch / "done.json", done)
@@ -151,7 +153,7 @@ def _summary(spec: Spec, folder: Path) -> None:
 
 def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSet:
     return FeatureSet(home.relative(folder), digest_of(done["files"]), done["defs_digest"], done["snapshot"],
-                      done["since_us"], done["rows"],
+                      done["since_us"], done["rows"], done["newest_us"],
                       f"{done['rows']:,} steps in {len(done['files']) - 1} views")  # fmt: skip
 
 

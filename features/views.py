@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from features.facts import Columns
-from pipelines.clock import MISSING, duration_text
+from pipelines.clock import DAY_US, MISSING, duration_text
 from pipelines.spec import Latest, Open, Source, Spec, View, Window
 
+RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 EWM = ("weight", "weighted", "weight_before", "weighted_before")  # sums anchored at the bucket of t, and at the one before
 
 

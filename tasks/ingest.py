@@ -1,8 +1,7 @@
 """Stage 1: what landed becomes a snapshot, and the run's inputs are pinned."""
 
-from deploy.rollout import champion
+from deploy.rollout import champion, take_in
 from features.ingest import cut, read_snapshot, write_arrivals
-from features.ingest import ingest as take_in
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
 from pipelines.manifest import code_digest, digest_of
