@@ -51,36 +51,43 @@ def feature_fields(features: tuple[Feature, ...]) -> dict[str, Field]:
 
 def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:
     """The rows of a request, timestamps as int µs. Raises BadRequest."""
+    rows = listed(body, "rows")
+    if not 1 <= len(rows) <= MAX_ROWS:
+        raise BadRequest(422, f"{len(rows)} rows; send 1 to {MAX_ROWS:,}")
+    return [typed_row(f"rows[{i}]", row, fields) for i, row in enumerate(rows)]
+
+
+def listed(body: bytes, name: str) -> list[Any]:
+    """The list that is the one field of a JSON body. Raises BadRequest."""
     if len(body) > MAX_BYTES:
         raise BadRequest(413, f"the body has {len(body):,} bytes; at most {MAX_BYTES:,} are taken: send fewer rows")
     try:
         value = json.loads(body, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(400, f"the body is not JSON ({str(error)[:80]}); send {{\"rows\": [{{…}}]}}") from None
-    if not isinstance(value, dict) or set(value) != {"rows"} or not isinstance(value["rows"], list):
-        raise BadRequest(422, 'send an object with one field, {"rows": [{…}, …]}')
-    rows = value["rows"]
-    if not 1 <= len(rows) <= MAX_ROWS:
-        raise BadRequest(422, f"{len(rows)} rows; send 1 to {MAX_ROWS:,}")
-    return [_row(i, row, fields) for i, row in enumerate(rows)]
+        raise BadRequest(400, f"the body is not JSON ({str(error)[:80]}); send {{\"{name}\": [{{…}}]}}") from None
+    if not isinstance(value, dict) or set(value) != {name} or not isinstance(value[name], list):
+        raise BadRequest(422, f'send an object with one field, {{"{name}": [{{…}}, …]}}')
+    found: list[Any] = value[name]
+    return found
 
 
 def _constant(name: str) -> NoReturn:
     raise BadRequest(422, f"{name} is not a number that can be answered; leave the field out if it is unknown")
 
 
-def _row(i: int, row: object, fields: dict[str, Field]) -> dict[str, Any]:
+def typed_row(where: str, row: object, fields: dict[str, Field]) -> dict[str, Any]:
+    """The fields of one row, in their types, timestamps as int µs. Raises BadRequest, naming the field by `where`."""
     if not isinstance(row, dict):
-        raise BadRequest(422, f"rows[{i}] is {_kind(row)}; send an object of fields")
+        raise BadRequest(422, f"{where} is {_kind(row)}; send an object of fields")
     for name in row:
         if name not in fields:
             known = list(fields)
             shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-            raise BadRequest(422, f"rows[{i}].{str(name)[:60]}: unknown field (known: {shown}{nearest(name, known)})")
+            raise BadRequest(422, f"{where}.{str(name)[:60]}: unknown field (known: {shown}{nearest(name, known)})")
     for field in fields.values():
         if field.required and row.get(field.name) is None:
-            raise BadRequest(422, f"rows[{i}].{field.name} is missing; send a {_WANTED[field.type]}")
-    return {name: _value(f"rows[{i}].{name}", value, fields[name].type) for name, value in row.items()}
+            raise BadRequest(422, f"{where}.{field.name} is missing; send a {_WANTED[field.type]}")
+    return {name: _value(f"{where}.{name}", value, fields[name].type) for name, value in row.items()}
 
 
 _EARLIEST, _LATEST = parse_time("0002-01-01"), parse_time("9999-01-01")  # whose local times Python can tell

@@ -30,7 +30,7 @@ from starlette.routing import Route  # noqa: E402
 
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
-from features.cells import StoreDown  # noqa: E402
+from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import feature_list, is_missing, resolve  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
@@ -96,8 +96,9 @@ class Endpoint:
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
-            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
-                     "snapshot": None if down else served.looked.snapshot}  # fmt: skip
+            extra: dict[str, Any] = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
+                     "snapshot": None if down else served.looked.snapshot,
+                     "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
         self._log("predict", request_id, now, began, served.frame, entries)
         return {**self._head(request_id, now), **({"store_down": down} if down else {}), "rows": answers}
@@ -105,8 +106,11 @@ class Endpoint:
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
         try:
-            with self.store.reading():  # a feed that moved the clock between the two would answer from another time
-                return serve_features(self.store, rows, self.now_us()), ""
+            while True:
+                with self.store.reading():  # a feed that moved the clock between the two would answer from another time
+                    served = serve_features(self.store, rows, self.now_us())
+                    if not self.store.cells.changed():
+                        return served, ""
         except StoreDown as down:
             log.warning("%s", down)
             return serve_features(self.store.without_cells(), rows, self.now_us()), str(down)
@@ -133,7 +137,7 @@ class Endpoint:
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]]}
             for i, s in enumerate(scores)
         ]
-        entries: list[tuple[dict[str, Any], dict[str, str | None]]] = [({**a, "key": {}}, {}) for a in answers]
+        entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
         self._log("predict_features", request_id, now, began, frame, entries)
         return {**self._head(request_id, now), "rows": answers}
 
@@ -157,9 +161,27 @@ class Endpoint:
             "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,
             "model": self.model.chosen, "features": len(self.features), "defs_digest": self.defs,
             "fed": {"snapshot": meta["snapshot"], "until": iso(int(meta["data_us"]))},
-            "clock": iso(self.now_us()) if self.spec.timed else None,
+            "clock": iso(self.now_us()) if self.spec.timed else None, "freshness_s": self.freshness(),
             "predictions_dropped": self.log.dropped,
         }  # fmt: skip
+
+    def freshness(self) -> dict[str, float]:
+        """Seconds from when the newest fact of each view became known until now."""
+        newest = json.loads(self.store.last.get("newest", "{}"))
+        now, views = self.now_us(), self.spec.features.views.items()
+        return {name: (now - newest[view.shape.source]) / 1e6 for name, view in views if view.shape.source in newest}
+
+    def metrics(self) -> str:
+        """Numbers for Prometheus."""
+        self._anchor()
+        lines = ["# HELP millrace_view_freshness_seconds Age of the newest fact that a view knows.",
+                 "# TYPE millrace_view_freshness_seconds gauge"]  # fmt: skip
+        lines += [f'millrace_view_freshness_seconds{{view="{view}"}} {age}' for view, age in self.freshness().items()]
+        lines += ["# HELP millrace_pushed_events Pushed events that the served store has taken.",
+                  "# TYPE millrace_pushed_events counter", f"millrace_pushed_events {self.store.last.get(PUSHED, 0)}",
+                  "# HELP millrace_predictions_dropped Answers that could not be logged.",
+                  "# TYPE millrace_predictions_dropped counter", f"millrace_predictions_dropped {self.log.dropped}"]  # fmt: skip
+        return "\n".join(lines) + "\n"
 
     def _head(self, request_id: str, now: int) -> dict[str, Any]:
         return {"request_id": request_id, "release": self.release, "now": iso(now) if self.spec.timed else None}
@@ -201,13 +223,13 @@ class Endpoint:
                     raise BadRequest(422, f"rows[{i}].{name} is not what is stored ({shown}); leave it out")
 
     def _log(self, route: str, request_id: str, now: int, began: int, frame: Columns,
-             entries: list[tuple[dict[str, Any], dict[str, str | None]]]) -> None:  # fmt: skip
+             entries: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:  # fmt: skip
         wall, took = wall_us(), (time.monotonic_ns() - began) // 1_000
         logged = []
         for i, (answer, extra) in enumerate(entries):
             values = {
                 "request_id": request_id, "row": i, "clock": now if self.spec.timed else wall, "wall": wall,
-                "release": self.release, "snapshot": None,
+                "release": self.release, "snapshot": None, "pushed": 0,
                 "route": route, "key": as_json(answer["key"]), "request": "{}", "event_times": "{}",
                 "unknown_entity": answer.get("unknown_entity", False),
                 "outside_horizon": answer.get("outside_horizon", False), "missing": len(answer["missing"]),
@@ -278,6 +300,9 @@ def _app() -> Starlette:
     async def info(request: Request) -> JSONResponse:
         return JSONResponse(_endpoint["it"].info())
 
+    async def metrics(request: Request) -> Response:
+        return Response(_endpoint["it"].metrics(), media_type="text/plain; version=0.0.4")
+
     async def modules(request: Request) -> JSONResponse:
         return JSONResponse(deploy.imports.proof(SRC))
 
@@ -285,6 +310,7 @@ def _app() -> Starlette:
         Route("/predict", _route(Endpoint.predict), methods=["POST"]),
         Route("/predict_features", _route(Endpoint.predict_features), methods=["POST"]),
         Route("/info", info),
+        Route("/metrics", metrics),
     ]
     if os.environ.get("MILLRACE_PREFLIGHT"):
         routes += [

@@ -16,10 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deploy.rollout import bento_folder, bento_spec, find_release, take_in
+from features.cells import Event, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import as_array, feature_list
 from features.ingest import read_snapshot
+from features.online import served_store
+from features.push import known_times, snapshot_with
 from features.skew import Asked, different, known_features
+from features.store import defs_digest
 from pipelines.clock import DAY_US, NEVER, iso, parse_time
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
@@ -27,6 +31,7 @@ from pipelines.predlog import FEATURE, newest_hour, read_log
 from pipelines.spec import Spec
 
 ROWS = 1_000
+STATES = 20  # of a store that events are pushed into: each is built anew to be compared
 SAMPLES = 5
 
 
@@ -161,14 +166,41 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
             gone = f"snapshot {digest[:12]} is not in the home" if digest else ""
             unchecked[gone or "no snapshot named: the store was down, or an older log"] += part.num_rows
             continue
-        known = known_features(spec, home, read_snapshot(home, pipeline, digest), requests(spec, part), _times(spec, part))
-        unchecked["rows older than the served store keeps"] += int((~known.kept).sum())
-        parts.append(part.filter(pa.array(known.kept)))
-        frames.append({f: values[known.kept] for f, values in known.frame.items()})
+        snapshot = read_snapshot(home, pipeline, digest)
+        for events, some in _by_pushed(spec, home, part, unchecked):
+            then = snapshot_with(spec, home, snapshot, events)
+            known = known_features(spec, home, then, requests(spec, some), _times(spec, some))
+            unchecked["rows older than the served store keeps"] += int((~known.kept).sum())
+            parts.append(some.filter(pa.array(known.kept)))
+            frames.append({f: values[known.kept] for f, values in known.frame.items()})
     log = pa.concat_tables(parts).combine_chunks()
     offline = {f: np.concatenate([frame[f] for frame in frames]) for f in features}
     served = {f: as_array(log[FEATURE + f], "string" if offline[f].dtype == object else "float64") for f in features}
     return _Compared(log, features, served, offline, different(served, offline), _late(spec, home, log, offline))
+
+
+def _by_pushed(
+    spec: Spec, home: Home, log: pa.Table, unchecked: Counter[str]
+) -> Iterator[tuple[list[Event], pa.Table]]:  # fmt: skip
+    """Answers of one snapshot by the pushed events that the store held too. Of more than STATES states some are compared."""
+    number = pc.fill_null(log["pushed"], 0).to_numpy() if "pushed" in log.column_names else np.zeros(log.num_rows, np.int64)
+    if not number.any():
+        yield [], log
+        return
+    store = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs_digest(spec)))
+    events = [event for event in open_cells(store).events(int(number.max())) if event.source in spec.sources]
+    if not events or events[-1].number < number.max():
+        unchecked[f"pushed events that {place_of(store)} does not hold"] += log.num_rows
+        return
+    numbers, known = np.array([event.number for event in events]), known_times(spec, events)
+    # no later event was known by then: the state with all events says the same
+    later = np.append(np.minimum.accumulate(known[::-1])[::-1], NEVER)[np.searchsorted(numbers, number, side="right")]
+    state = np.where(later > _times(spec, log), number.max(), number)
+    states = np.unique(state)
+    for one in states[np.unique(np.linspace(0, len(states) - 1, STATES).astype(np.int64))].tolist():
+        yield [event for event in events if event.number <= one], log.filter(pa.array(state == one))
+        state[state == one] = -1
+    unchecked["answers between other pushes"] += int((state >= 0).sum())
 
 
 def _late(spec: Spec, home: Home, log: pa.Table, offline: Columns) -> Columns | None:

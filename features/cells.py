@@ -11,7 +11,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +31,14 @@ PUSHED = "pushed"  # in the meta: number of the last event that the cells know
 
 @dataclass(frozen=True)
 class Event:
-    """A pushed fact: the name under which it counts once, its source, its row as JSON, and when it came (wall µs)."""
+    """A pushed fact: the name under which it counts once, its source, its row as JSON, when it came (wall µs); and its
+    number in the store, from 1."""
 
     id: str
     source: str
     row: str
     wall_us: int
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class SqliteCells:
         return False
 
     def events(self, until: int | None = None) -> list[Event]:
-        query = "SELECT id, source, row, wall_us FROM events WHERE number <= ? ORDER BY number"
+        query = "SELECT id, source, row, wall_us, number FROM events WHERE number <= ? ORDER BY number"
         return [Event(*row) for row in self.db.execute(query, (LAST if until is None else until,))] if self.has("events") else []
 
     def seen(self, ids: Sequence[str]) -> set[str]:
@@ -293,8 +295,8 @@ class RedisCells:
 
     def events(self, until: int | None = None) -> list[Event]:
         with self._answering():
-            found = self.db.zrangebyscore(f"{self.name}:events", 0, "+inf" if until is None else until)
-        return [Event(*json.loads(event)) for event in found]
+            found = self.db.zrangebyscore(f"{self.name}:events", 0, "+inf" if until is None else until, withscores=True)
+        return [replace(Event(*json.loads(event)), number=int(number)) for event, number in found]
 
     def seen(self, ids: Sequence[str]) -> set[str]:
         with self._answering():
@@ -446,7 +448,7 @@ class PostgresCells:
         return False
 
     def events(self, until: int | None = None) -> list[Event]:
-        query = "SELECT id, source, row, wall_us FROM millrace_events WHERE store = %s AND number <= %s ORDER BY number"
+        query = "SELECT id, source, row, wall_us, number FROM millrace_events WHERE store = %s AND number <= %s ORDER BY number"
         return [Event(*row) for row in self._ask(query, (self.name, LAST if until is None else until))]
 
     def seen(self, ids: Sequence[str]) -> set[str]:

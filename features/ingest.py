@@ -145,6 +145,18 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     return read_snapshot(home, spec.pipeline, digest)
 
 
+def extended(home: Home, snapshot: Snapshot, more: dict[str, pa.Table]) -> Snapshot:
+    """A snapshot with more facts (source → declared columns), known whenever their own times say."""
+    body = read_json(home.root / snapshot.path)
+    del body["format_version"]
+    for name, table in more.items():
+        body["objects"][name] = sorted([*body["objects"][name], [_store(table, home), 0]])
+        body["rows"][name] += table.num_rows
+    digest = digest_of({"snapshot": snapshot.digest, "objects": body["objects"]})
+    write_json(home.snapshots(snapshot.pipeline) / f"{digest}.json", body)
+    return read_snapshot(home, snapshot.pipeline, digest)
+
+
 def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Table:
     """All versions of a source's facts, sorted by key and known-at, once each, with their `_known_at`."""
     body = read_json(home.root / snapshot.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from features.cells import Held, Meta, NoCells, open_cells, place_of
+from features.cells import PUSHED, Held, Meta, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
@@ -130,7 +130,7 @@ class Looked:
 
     `own`: row columns after request fields stood in; `raw` as `frame.assemble` takes it; `unknown` (R): no stored row;
     `closed_at` (R) µs or NEVER; `events`: view → event time (R) of latest views, MISSING where none; `aging`: those
-    of them that have a ttl; `snapshot`: digest of what the store had been fed.
+    of them that have a ttl; `snapshot`: digest of what the store had been fed; `pushed`: number of the last pushed event.
     """
 
     own: Columns
@@ -140,6 +140,7 @@ class Looked:
     events: dict[str, np.ndarray]
     aging: frozenset[str]
     snapshot: str
+    pushed: int
 
 
 class OnlineStore:
@@ -200,12 +201,12 @@ class OnlineStore:
     def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
         with self.reading():
-            snapshot = self.check_format()["snapshot"]
+            meta = self.check_format()
             own, unknown, closed = self._rows(requests, now)
             t = np.full(len(requests), now)
             raw, events = self.views_at(own, t)
         aging = frozenset(n for n, v in self.spec.features.views.items() if v.latest is not None and v.latest.ttl)
-        return Looked(own, raw, unknown, closed, events, aging, snapshot)
+        return Looked(own, raw, unknown, closed, events, aging, meta["snapshot"], int(meta.get(PUSHED, 0)))
 
     def _rows(self, requests: Sequence[Mapping[str, object]], now: int) -> tuple[Columns, np.ndarray, np.ndarray]:
         start, columns, at = self.read({ROWS: [request_key(r, self.spec.row_key) for r in requests]})[ROWS]

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
+from features.facts import int_times
 from features.feed import Tables, changed_cells, recent
-from features.ingest import ARROW, Snapshot, in_order, known_at, newest, read_new, read_snapshot, read_table
+from features.ingest import ARROW, Snapshot, extended, in_order, known_at, newest, read_new, read_snapshot, read_table
 from features.keys import KNOWN
 from features.online import layout_digest
 from pipelines.clock import MISSING, iso
@@ -38,11 +39,12 @@ class BadEvent(MillraceError):
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of events: taken, known already by their ids, and the number of the last event in the store."""
+    """What became of events: how many were taken, those known already by their ids, and which number the last one has."""
 
     taken: int
     again: int
     last: int
+    ids: frozenset[str] = frozenset()  # of those that were taken
 
 
 class Pusher:
@@ -64,7 +66,8 @@ class Pusher:
             fresh = list({event.id: event for event in events if event.id not in known}.values())
             tables, new = with_events(self.spec, self.tables, fresh)
             last = int(held.get(PUSHED, 0)) + len(fresh)
-            done[:] = [(tables, Receipt(len(fresh), len(events) - len(fresh), last))]
+            ids = frozenset(event.id for event in fresh)
+            done[:] = [(tables, Receipt(len(fresh), len(events) - len(fresh), last, ids))]
             if not fresh:
                 return None
             upto = json.loads(held.get("newest", "{}"))
@@ -123,6 +126,15 @@ def event_tables(spec: Spec, events: Iterable[Event]) -> dict[str, pa.Table]:
     return {name: _table(spec.sources[name], listed) for name, listed in rows.items() if name in spec.sources}
 
 
+def known_times(spec: Spec, events: Sequence[Event]) -> np.ndarray:
+    """When the fact of each event became known, µs (N)."""
+    found = np.empty(len(events), np.int64)
+    for name in {event.source for event in events}:
+        at = [i for i, event in enumerate(events) if event.source == name]
+        found[at] = int_times(event_tables(spec, [events[i] for i in at])[name][KNOWN])
+    return found
+
+
 def _table(source: Source, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     columns = {}
     for name, column in sorted(source.columns.items()):
@@ -178,6 +190,15 @@ def pushed_events(stores: Iterable[Path | str]) -> list[Event]:
     for store in stores:
         found |= {event.id: event for event in open_cells(store).events() if event.id not in found}
     return sorted(found.values(), key=lambda event: event.wall_us)
+
+
+def snapshot_with(spec: Spec, home: Home, snapshot: Snapshot, events: Sequence[Event]) -> Snapshot:
+    """A snapshot that knows the facts of events too; the same one where it knows them already."""
+    tables = {name: read_table(spec, home, snapshot, name) for name in {event.source for event in events} & spec.sources.keys()}
+    _, new = with_events(spec, tables, [event for event in events if event.source in tables])
+    if not new:
+        return snapshot
+    return extended(home, snapshot, {name: table.drop_columns([KNOWN]) for name, table in new.items()})
 
 
 def land_pushed(spec: Spec, home: Home, events: Sequence[Event]) -> int:

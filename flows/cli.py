@@ -165,12 +165,15 @@ def serve(pipeline: str, port: int | None, background: bool, overrides: tuple[st
     """Serves the champion over HTTP."""
     home, spec = open_home(), load_spec(pipeline, overrides)
     _prepared(home)
-    from flows.serving import serve_champion
+    from deploy.process import running
+    from flows.serving import admin_name, serve_champion
 
     service = serve_champion(home, spec, port=port, background=background)
     if service is None:
         return None
-    return {"text": f"{service.release} answers on {service.url}", **asdict(service), "url": service.url}
+    admin = running(home, admin_name(spec.pipeline))
+    text = f"{service.release} answers on {service.url}" + (f"\nit takes events on {admin.url}/push" if admin else "")
+    return {"text": text, **asdict(service), "url": service.url, "admin": admin.url if admin else None}
 
 
 @_verb

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from deploy.process import Service, free_port, port_is_free, reason, remember, running, start, stop
-from deploy.rollout import bento_folder, champion, feed_elsewhere
+from deploy.rollout import Release, bento_folder, champion, feed_elsewhere
 from features.online import served_store
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
@@ -39,32 +39,54 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
         wanted = now.port if now is not None and background else free_port()
     if now is not None:
         if background and now.release == release.release and now.port == wanted and now.offset_us == offset:
+            if spec.timed and running(home, admin_name(spec.pipeline)) is None:
+                _start_admin(home, spec, release, offset)
             return now
-        stop(now)
+        stop_all(home, spec.pipeline)
     extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers)}
     if spec.serve.store:
         feed_elsewhere(home, spec.pipeline, spec.serve.store)  # nothing where a run has done it
-        store = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
-        extra["MILLRACE_ONLINE"] = str(store)
+        extra["MILLRACE_ONLINE"] = str(_store(home, spec, release))
+    if spec.timed:
+        _start_admin(home, spec, release, offset)
     log = home.services(spec.pipeline) / "endpoint.log"
     service = start(home, bento_folder(home, release), port=wanted, release=release.release, log=log, extra=extra)
     remember(home, spec.pipeline, service)
     if background:
         return service
-    print(f"{release.release} answers on {service.url} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    taking = running(home, admin_name(spec.pipeline))
+    print(f"{release.release} answers on {service.url} (Ctrl-C stops it)" +
+          (f"; it takes events on {taking.url}/push" if taking else ""), file=sys.stderr, flush=True)  # fmt: skip
     try:
         while service.alive():
             time.sleep(0.5)
     except KeyboardInterrupt:
         pass
     finally:
-        stop(service)
+        stop_all(home, spec.pipeline)
     return None
+
+
+def _store(home: Home, spec: Spec, release: Release) -> Path | str:
+    return served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
+
+
+def _start_admin(home: Home, spec: Spec, release: Release, offset_us: int) -> None:
+    """The process that takes events into the store of the endpoint; it needs a second until it answers."""
+    port = spec.serve.admin_port or free_port()
+    _spawn(home, admin_name(spec.pipeline), ["deploy.admin", spec.pipeline, str(_store(home, spec, release)), str(port)], port,
+           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us)})  # fmt: skip
+
+
+def admin_name(pipeline: str) -> str:
+    """Under which name the admin process of a pipeline's endpoint is remembered."""
+    return f"{pipeline}.admin"
 
 
 def stop_all(home: Home, pipeline: str | None) -> list[str]:
     """Stops the endpoint of one pipeline, or every process of the home; names what was stopped."""
-    names = [pipeline] if pipeline else sorted(p.name for p in (home.root / "services").glob("*") if p.is_dir())
+    every = sorted(p.name for p in (home.root / "services").glob("*") if p.is_dir())
+    names = [pipeline, admin_name(pipeline)] if pipeline else every
     stopped = []
     for name in names:
         service = running(home, name)
@@ -85,7 +107,7 @@ def status_of(home: Home) -> dict[str, Any]:
             continue
         found[name] = {"champion": release.release if release else "", "endpoint": asdict(service) if service else None}
         where = f"{service.release} answers on {service.url}" if service else "no endpoint runs"
-        lines.append(f"{name}: champion {release.release if release else 'none'}; {where}")
+        lines.append(f"{name}: champion {release.release}; {where}" if release else f"{name}: {where}")
     return {"text": "\n".join(lines) or "nothing was released yet and nothing runs", "pipelines": found}
 
 

@@ -22,6 +22,7 @@ BASE = pa.schema(
         ("wall", STAMP),
         ("release", pa.string()),
         ("snapshot", pa.string()),  # which the served store held; null where features were given, and in older logs
+        ("pushed", pa.int64()),  # number of the last pushed event that it held; null in older logs
         ("route", pa.string()),
         ("key", pa.string()),  # JSON of the row key
         ("request", pa.string()),  # JSON of the fields given beside the key

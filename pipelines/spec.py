@@ -426,6 +426,7 @@ class Serve(Model):
     """The endpoint and its budget."""
 
     port: int = Field(3000, ge=0, le=65535, description="port of the endpoint")
+    admin_port: int = Field(0, ge=0, le=65535, description="port on loopback that takes pushed events; 0: a free one")
     workers: int = Field(1, ge=1, description="worker processes")
     store: str = Field(
         "", pattern=r"^$|^(rediss?|postgresql)://[^#]+$",
