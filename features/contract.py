@@ -114,9 +114,8 @@ def value_rules(name: str, source: Source, timed: bool, rows_before: int | None)
     """What the spec says of a table's values and rows."""
     rules = list(_row_rules(name, source, rows_before))
     rules += _key_rules(name, source, timed)
-    never_null = {*source.key, source.event_time, source.known_at.column if source.known_at else None}
     for column, declared in source.columns.items():
-        rules += _column_rules(name, column, declared, 0.0 if column in never_null else declared.nulls)
+        rules += _column_rules(name, column, declared, source.nulls(column))
     rules += _time_rules(name, source)
     for low, high in source.order:
         most = "not be after" if source.columns[low].type == "timestamp" else "be at most"

@@ -18,22 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.keys import KNOWN, SEPARATOR, text_keys
-from pipelines.clock import iso, parse_time, wall_us
-from pipelines.errors import Refused, nearest
+from features.keys import KNOWN, text_keys
+from features.landed import ARROW, read_landed
+from pipelines.clock import iso, wall_us
+from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import digest_of, read_json, write_json, write_page
 from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
-
-ARROW = {
-    "string": pa.string(),
-    "int64": pa.int64(),
-    "float64": pa.float64(),
-    "bool": pa.bool_(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
-YEARS_US = (parse_time("0001-01-01"), parse_time("9999-12-31"))  # the times that have a text
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,7 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     try:
         for name, path in found.items():
             index[name] = _entry(spec, home, name, path, index.get(name), taken)
+        _check_columns(spec, index)
     except Refused:
         write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
         raise
@@ -100,11 +93,27 @@ def _entry(
         entry = None
     if entry and same_spec:
         return {**entry, "mtime_ns": stat.st_mtime_ns}
-    table = _read_file(name, data, source, spec.timed)
+    table, absent = read_landed(name, data, source, timed=spec.timed)
     return {
-        "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
+        "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows, "absent": absent,
         "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home), "columns": columns,
     }  # fmt: skip
+
+
+def _check_columns(spec: Spec, index: dict[str, dict[str, Any]]) -> None:
+    """A column may begin with some file, and is null before. Raises Refused for a file that lacks what came before it."""
+    before: dict[str, set[str]] = {name: set() for name in spec.sources}
+    for name, entry in sorted(index.items(), key=lambda item: (item[1]["arrival_us"], item[0])):
+        source = name.split("/")[0]
+        if source not in before:
+            continue
+        absent = set(entry.get("absent", ()))
+        if lost := sorted(before[source] & absent):
+            raise Refused(
+                f"landing file {name}: column {lost[0]!r} is missing, which files before it have; its {entry['rows']:,} rows "
+                "would be null there: land it with the column, or take the column out of the spec"
+            )
+        before[source] |= spec.sources[source].columns.keys() - absent
 
 
 def write_arrivals(snapshot: Snapshot, previous: Snapshot | None, path: Path) -> None:
@@ -155,74 +164,22 @@ def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Tabl
     return table
 
 
+def landed_files(folder: Path) -> list[Path]:
+    """The files of a source, in the order of their names; those that are being written do not count."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+
+
 def _landed(spec: Spec, home: Home) -> dict[str, Path]:
     root = home.landing(spec.pipeline)
     found = {}
     for source in spec.sources:
-        files = sorted(p for p in (root / source).rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+        files = landed_files(root / source)
         if not files:
-            hint = f"`millrace sample {spec.pipeline}`" if spec.sample else "your Parquet files there"
-            raise Refused(f"no files landed for source {source!r}: expected Parquet in {root / source}; put {hint}")
+            hint = f"`millrace sample {spec.pipeline}`" if spec.sample else "your files there"
+            forms = "Parquet, CSV, JSON lines or TFRecord"
+            raise Refused(f"no files landed for source {source!r}: expected {forms} in {root / source}; put {hint}")
         found.update({p.relative_to(root).as_posix(): p for p in files})
     return found
-
-
-def _read_file(name: str, data: bytes, source: Source, timed: bool) -> pa.Table:
-    """The declared columns of one landing file, in canonical order and types."""
-    if data[:4] != b"PAR1":
-        raise Refused(f"landing file {name} is not Parquet (it begins with {data[:4]!r}): write it as Parquet")
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        known = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Refused(f"landing file {name} cannot be read, it may be cut short: {str(error)[:200]}") from None
-    columns = {}
-    for column, declared in sorted(source.columns.items()):
-        if column not in known:
-            raise Refused(
-                f"landing file {name}: column {column!r} is missing "
-                f"(columns: {', '.join(known)}{nearest(column, known)})"
-            )
-        columns[column] = _typed(f"landing file {name}: column {column!r}", table[column], declared.type)
-    result = pa.table(columns)
-    if source.key == ("row_digest",) and not timed:
-        result = result.append_column("row_digest", _row_digests(result))
-    return result
-
-
-def _typed(where: str, column: pa.ChunkedArray, declared: str) -> pa.Array:
-    """The column in its declared type, widened where nothing is lost. Raises Refused otherwise."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    ok = {
-        "string": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-        "int64": pa.types.is_integer(kind),
-        "float64": pa.types.is_floating(kind) or pa.types.is_integer(kind),
-        "bool": pa.types.is_boolean(kind),
-        "timestamp": pa.types.is_timestamp(kind),
-    }[declared] or pa.types.is_null(kind)
-    if not ok:
-        raise Refused(f"{where} is {kind}, the spec says {declared}: write it as {ARROW[declared]}")
-    if pa.types.is_timestamp(kind) and kind.tz is None:
-        raise Refused(f"{where} holds times without a zone: write them as timestamp[us, tz=UTC]")
-    try:
-        array = column.cast(ARROW[declared]).combine_chunks()
-        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        array.validate(full=True)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise Refused(f"{where} does not fit {declared}: {str(error)[:200]}") from None
-    if declared == "timestamp":
-        us = pc.min_max(array.cast(pa.int64())).as_py()
-        if us["min"] is not None and not YEARS_US[0] <= us["min"] <= us["max"] < YEARS_US[1]:
-            raise Refused(f"{where} holds times outside the years 1 to 9999: were they written in another unit?")
-    return array
-
-
-def _row_digests(table: pa.Table) -> pa.Array:
-    texts = [pc.fill_null(column.cast(pa.string()), "\x00") for column in table.columns]
-    joined = pc.binary_join_element_wise(*texts, SEPARATOR) if len(texts) > 1 else texts[0]
-    return pa.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in joined.to_pylist()], pa.string())
 
 
 def _store(table: pa.Table, home: Home) -> str:

@@ -145,6 +145,11 @@ class Source(Model):
             data = {**data, "columns": short}
         return data
 
+    def nulls(self, column: str) -> float:
+        """Largest share of nulls accepted in a column: none in keys and times."""
+        never = {*self.key, self.event_time, self.known_at.column if self.known_at else None}
+        return 0.0 if column in never else self.columns[column].nulls
+
 
 class Rows(Model):
     """What is predicted: one row for each key of one source."""
