@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from features.keys import KNOWN, text_keys
 from features.landed import ARROW, read_landed
+from features.quarantine import BadRows, bad_rows
 from pipelines.clock import iso, wall_us
 from pipelines.errors import Refused
 from pipelines.home import Home
@@ -39,11 +40,15 @@ class Snapshot:
     until_us: int | None  # facts known later do not exist for it
     rows: dict[str, int]
     duplicates: dict[str, int] = field(default_factory=dict)
+    set_aside: dict[str, int] = field(default_factory=dict)  # rows that are in quarantine, and not among `rows`
     new_files: int = 0
 
 
 def ingest(spec: Spec, home: Home) -> Snapshot:
-    """The snapshot of everything landed. Raises Refused, naming the file, for what cannot be read or believed."""
+    """The snapshot of everything landed, but for rows set aside.
+
+    Raises Refused, naming the file, for what cannot be read or believed.
+    """
     index_path = home.snapshots(spec.pipeline) / "landing.json"
     index = read_json(index_path)["files"] if index_path.exists() else {}
     found = _landed(spec, home)
@@ -61,7 +66,7 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
         write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
         raise
     write_json(index_path, {"files": index})
-    return _publish(spec, home, index, new)
+    return replace(_set_aside(spec, home, _publish(spec, home, index)), new_files=new)
 
 
 def _taken_in(spec: Spec, home: Home) -> set[str]:
@@ -70,7 +75,7 @@ def _taken_in(spec: Spec, home: Home) -> set[str]:
     snapshots = {done["inputs"]["snapshot"]} if done else set()
     snapshots |= {going.snapshot} if going else set()
     bodies = [read_json(home.snapshots(spec.pipeline) / f"{digest}.json") for digest in snapshots]
-    return {sha for body in bodies for listed in body["objects"].values() for sha, _ in listed}
+    return {sha for body in bodies for listed in body.get("landed", body["objects"]).values() for sha, _ in listed}
 
 
 def _entry(
@@ -133,7 +138,7 @@ def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:
     value = read_json(path)
     return Snapshot(
         pipeline, digest, home.relative(path), value["watermark_us"], value["until_us"], value["rows"],
-        value["duplicates"],
+        value["duplicates"], {name: aside["rows"] for name, aside in value.get("set_aside", {}).items()},
     )  # fmt: skip
 
 
@@ -143,6 +148,8 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
         return snapshot
     body = read_json(home.root / snapshot.path)
     del body["format_version"]
+    body["objects"] = body.pop("landed", body["objects"])  # what is set aside is seen from then
+    body.pop("set_aside", None)
     digest = digest_of({"snapshot": snapshot.digest, "until": as_of})
     path = home.snapshots(spec.pipeline) / f"{digest}.json"
     body["until_us"] = body["watermark_us"] = as_of
@@ -151,17 +158,21 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     body["rows"] = {name: table.num_rows for name, table in tables.items()}
     body["watermark_us"] = max((us for t in tables.values() if (us := _newest(t)) is not None), default=as_of)
     write_json(path, body)
-    return read_snapshot(home, spec.pipeline, digest)
+    return _set_aside(spec, home, read_snapshot(home, spec.pipeline, digest))
 
 
 def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Table:
     """All versions of a source's facts, sorted by key and known-at, once each, with their `_known_at`."""
     body = read_json(home.root / snapshot.path)
-    table = _merge(spec, name, home, body["objects"][name])[0]
-    if body["until_us"] is not None:
-        known = pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"])
-        table = table.filter(pc.fill_null(known, True))  # a fact without known-at stays, for the contract to refuse
-    return table
+    table = _merge(spec, name, home, body["objects"][name]).table
+    return table.filter(_within(table, body["until_us"]))
+
+
+def _within(table: pa.Table, until_us: int | None) -> pa.Array:
+    """Which facts are known by then; one without known-at stays, for the contract to refuse."""
+    if until_us is None:
+        return pa.repeat(pa.scalar(True), table.num_rows)
+    return pc.fill_null(pc.less_equal(table[KNOWN].combine_chunks().cast(pa.int64()), until_us), True)
 
 
 def landed_files(folder: Path) -> list[Path]:
@@ -187,14 +198,18 @@ def _store(table: pa.Table, home: Home) -> str:
     sha = _values_digest(table)
     path = home.objects / f"{sha}.parquet"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{sha}.{os.getpid()}")
-        try:
-            pq.write_table(table.replace_schema_metadata({"format_version": "1"}), scratch, compression="zstd")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        _write(table, path)
     return sha
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}")
+    try:
+        pq.write_table(table.replace_schema_metadata({"format_version": "1"}), scratch, compression="zstd")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _values_digest(table: pa.Table) -> str:
@@ -221,39 +236,145 @@ def _values_digest(table: pa.Table) -> str:
     return sha.hexdigest()
 
 
-def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.Table, int]:
-    """Every version of a source once, sorted by key and known-at; and how many identical rows were dropped."""
+@dataclass(frozen=True)
+class _Merged:
+    """Every version of a source once, sorted by key and known-at; and where each landed row is in it."""
+
+    table: pa.Table
+    duplicates: int
+    origin: np.ndarray  # number of its object (L landed rows)
+    row: np.ndarray  # row of that object (L)
+    place: np.ndarray  # row of the table (L)
+
+
+def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> _Merged:
+    """Raises Refused where facts clash, unless the source may set rows aside."""
     source = spec.sources[name]
-    parts, origin = [], []
+    parts, origins, numbers = [], [], []
     for number, (sha, arrival_us) in enumerate(objects):
         part = pq.read_table(home.objects / f"{sha}.parquet")
         parts.append(part.append_column(KNOWN, _known_at(part, source, arrival_us)))
-        origin.append(np.full(part.num_rows, number))
+        origins.append(np.full(part.num_rows, number))
+        numbers.append(np.arange(part.num_rows))
     table = pa.concat_tables(parts).replace_schema_metadata(None).combine_chunks()
-    order = pc.sort_indices(table, [(k, "ascending") for k in (*source.key, KNOWN)])
-    table, came_from = table.take(order).combine_chunks(), np.concatenate(origin)[order.to_numpy()]
+    by = [*source.key, KNOWN]
+    if source.quarantine:  # clashing facts stay for now: in an order that their values give
+        by += [c for c in table.column_names if c not in by]
+    order = pc.sort_indices(table, [(k, "ascending") for k in by])
+    table, order = table.take(order).combine_chunks(), order.to_numpy()
+    origin, row = np.concatenate(origins)[order], np.concatenate(numbers)[order]
     if table.num_rows < 2:
-        return table, 0
+        return _Merged(table, 0, origin, row, np.arange(table.num_rows))
     names = text_keys([table[k] for k in source.key], table.num_rows)
     known = table[KNOWN].combine_chunks().cast(pa.int64()).fill_null(0)
     again = pc.and_(_same(names), _same(known))
     if not pc.any(again, min_count=0).as_py():
-        return table, 0
+        return _Merged(table, 0, origin, row, np.arange(table.num_rows))
     twice = again.fill_null(False).to_numpy(zero_copy_only=False)
     equal = twice.copy()
     for column in set(table.column_names) - {*source.key, KNOWN}:
         equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
-    if (clash := twice & ~equal).any():
+    if not source.quarantine and (clash := twice & ~equal).any():
         at = int(np.flatnonzero(clash)[0])
-        row = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[came_from[at]][0][:12], objects[came_from[at + 1]][0][:12]})
+        fact = {k: str(table[k][at]) for k in source.key}
+        shas = sorted({objects[origin[at]][0][:12], objects[origin[at + 1]][0][:12]})
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
-            f"such as {row} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            f"such as {fact} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
             "a correction needs a later known-at"
         )
     keep = np.concatenate([[True], ~equal])
-    return table.filter(pa.array(keep)).combine_chunks(), int(equal.sum())
+    return _Merged(table.filter(pa.array(keep)).combine_chunks(), int(equal.sum()), origin, row, np.cumsum(keep) - 1)
+
+
+def _set_aside(spec: Spec, home: Home, snapshot: Snapshot) -> Snapshot:
+    """The snapshot without its bad rows, which then lie in `quarantine/PIPELINE/SNAPSHOT16/SOURCE.parquet`.
+
+    The same snapshot where none are bad, or more of a source than may be: then the contract refuses them.
+    """
+    if not any(source.quarantine for source in spec.sources.values()):
+        return snapshot
+    memo = home.snapshots(spec.pipeline) / "by_objects" / f"{digest_of([snapshot.digest, _source_digest(spec)])}.json"
+    if memo.exists():
+        return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
+    body = read_json(home.root / snapshot.path)
+    del body["format_version"]
+    merged = {name: _merge(spec, name, home, body["objects"][name]) for name in spec.sources}
+    known = {name: np.asarray(_within(m.table, body["until_us"])) for name, m in merged.items()}
+    tables = {name: m.table.filter(pa.array(known[name])) for name, m in merged.items()}
+    found = bad_rows(spec, tables)
+    if not any(bad.mask.any() for bad in found.values()) or any(bad.too_many for bad in found.values()):
+        write_json(memo, {"snapshot": snapshot.digest})
+        return snapshot
+    body["landed"], body["objects"], body["set_aside"], aside = body["objects"], dict(body["objects"]), {}, {}
+    for name, bad in found.items():
+        if not bad.mask.any():
+            continue
+        gone = np.zeros(merged[name].table.num_rows, bool)
+        gone[known[name]] = bad.mask
+        body["objects"][name] = _without(home, body["landed"][name], merged[name], gone)
+        aside[name] = _reasoned(tables[name], bad)
+        body["set_aside"][name] = {"rows": int(bad.mask.sum()), "reasons": [[*why, count] for why, count in bad.counts.items()]}
+        body["rows"][name] -= int(bad.mask.sum())
+        tables[name] = tables[name].filter(pa.array(~bad.mask))
+    digest = digest_of({"snapshot": snapshot.digest, "set_aside": {name: _values_digest(t) for name, t in aside.items()}})
+    files = _files_of(spec, home)
+    for name, table in aside.items():
+        place = quarantined(home, spec.pipeline, digest, name)
+        _write(_located(table, merged[name], body["landed"][name], np.flatnonzero(known[name])[found[name].mask], files), place)
+    body["watermark_us"] = max((us for t in tables.values() if (us := _newest(t)) is not None), default=0)
+    body["watermark"] = iso(body["watermark_us"])
+    write_json(home.snapshots(spec.pipeline) / f"{digest}.json", body)
+    write_json(memo, {"snapshot": digest})
+    return read_snapshot(home, spec.pipeline, digest)
+
+
+def quarantined(home: Home, pipeline: str, digest: str, source: str) -> Path:
+    """Where the rows lie that a snapshot set aside, with `_rule`, `_column`, `_reasons`, `_file` and `_row` (from 0)."""
+    return home.root / "quarantine" / pipeline / digest[:16] / f"{source}.parquet"
+
+
+def _without(home: Home, objects: list[list], merged: _Merged, gone: np.ndarray) -> list[list]:
+    """The objects, those with rows that are gone replaced by ones without."""
+    lost = gone[merged.place]
+    kept = []
+    for number, (sha, arrival_us) in enumerate(objects):
+        rows = merged.row[lost & (merged.origin == number)]
+        if len(rows):
+            part = pq.read_table(home.objects / f"{sha}.parquet").replace_schema_metadata(None)
+            stays = np.ones(part.num_rows, bool)
+            stays[rows] = False
+            sha = _store(part.filter(pa.array(stays)), home)
+        kept.append([sha, arrival_us])
+    return sorted(kept)
+
+
+def _reasoned(table: pa.Table, bad: BadRows) -> pa.Table:
+    """The bad rows, with the first reason and all of them."""
+    rows = np.flatnonzero(bad.mask)
+    why = [[reason for reason, mask in bad.reasons.items() if mask[row]] for row in rows]
+    table = table.take(pa.array(rows))
+    texts = {"_rule": [w[0][0] for w in why], "_column": [w[0][1] for w in why],
+             "_reasons": ["; ".join(f"{rule}: {column}" for rule, column in w) for w in why]}  # fmt: skip
+    for name, values in texts.items():
+        table = table.append_column(name, pa.array(values, pa.string()))
+    return table
+
+
+def _located(
+    table: pa.Table, merged: _Merged, objects: list[list], places: np.ndarray, files: dict[str, str]
+) -> pa.Table:  # fmt: skip
+    """Rows at these places of a merged table, with the file and its row that each was first found in."""
+    order = np.lexsort([merged.row, merged.origin, merged.place])
+    first = order[np.searchsorted(merged.place[order], places)]
+    table = table.append_column("_file", pa.array([files.get(objects[o][0], "") for o in merged.origin[first]], pa.string()))
+    return table.append_column("_row", pa.array(merged.row[first], pa.int64()))
+
+
+def _files_of(spec: Spec, home: Home) -> dict[str, str]:
+    """Object → the first landing file that holds it."""
+    index = read_json(home.snapshots(spec.pipeline) / "landing.json")["files"]
+    return {entry["object"]: name for name, entry in sorted(index.items(), reverse=True)}
 
 
 def _same(array: pa.Array) -> pa.Array:
@@ -289,7 +410,7 @@ def _newest(table: pa.Table) -> int | None:
     return found
 
 
-def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapshot:
+def _publish(spec: Spec, home: Home, index: dict[str, dict]) -> Snapshot:
     """Writes the snapshot of an index, unless these objects already have one."""
     objects: dict[str, list[list]] = {name: [] for name in spec.sources}
     for name, entry in sorted(index.items()):
@@ -305,7 +426,8 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
         return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
     rows, duplicates, newest, sha = {}, {}, [], hashlib.sha256()
     for name in sorted(objects):
-        table, duplicates[name] = _merge(spec, name, home, objects[name])
+        merged = _merge(spec, name, home, objects[name])
+        table, duplicates[name] = merged.table, merged.duplicates
         rows[name] = table.num_rows
         newest += [us for us in [_newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
@@ -318,9 +440,7 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
     path = home.snapshots(spec.pipeline) / f"{digest}.json"
     write_json(path, body)
     write_json(memo, {"snapshot": digest})
-    return Snapshot(
-        spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates, new
-    )
+    return Snapshot(spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates)
 
 
 def _columns_digest(source: Source, timed: bool) -> str:

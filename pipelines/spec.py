@@ -136,6 +136,9 @@ class Source(Model):
     references: tuple[Reference, ...] = Field((), description="foreign keys")
     rows_min: int = Field(1, ge=1, description="fewest rows accepted")
     rows_shrink: float = Field(0.0, ge=0, le=1, description="largest loss of rows against the previous snapshot")
+    quarantine: float = Field(
+        0.0, ge=0, lt=1, description="largest share of rows that may be set aside for a rule on rows; 0: one bad row refuses"
+    )
 
     @model_validator(mode="before")
     @classmethod
