@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.contract_page import Arrived, Aside, Check, ContractResult, as_json, percent, render
+from features.history import Judged, judge_new, words_of
 from features.ingest import ARROW, Snapshot, quarantined, read_table
 from features.keys import KNOWN, text_keys
 from features.quarantine import bad_rows
@@ -67,7 +68,7 @@ def check_contract(
         watermark_us=snapshot.watermark_us,
         timed=spec.timed,
         arrived=tuple(_arrived(name, tables[name], snapshot, previous) for name in spec.sources),
-        checks=tuple(_judged(spec, tables, snapshot, previous)),
+        checks=tuple(_judged(spec, home, tables, snapshot, previous)),
         aside=tuple(_aside(spec, home, snapshot)),
     )
     result = replace(result, seconds=time.monotonic() - started)
@@ -122,8 +123,30 @@ def _share_checks(spec: Spec, tables: dict[str, pa.Table], snapshot: Snapshot) -
                     found + (f": {counts}" if counts else ""), verdict, rows, of)  # fmt: skip
 
 
+def _drift_checks(
+    spec: Spec, home: Home, tables: dict[str, pa.Table], snapshot: Snapshot, previous: Snapshot | None
+) -> Iterator[Check]:  # fmt: skip
+    """Of sources with `drift`: what is new lies within what the days before let expect."""
+    for name, source in spec.sources.items():
+        if source.drift is None:
+            continue
+        found: list[Judged] = []
+        if previous is not None and previous.digest != snapshot.digest:
+            before = read_table(spec, home, previous, name)
+            now, then = snapshot.watermark_us, previous.watermark_us
+            found = list(judge_new(source, source.drift, tables[name], before, now=now, then=then))
+        for judged in found:
+            words, expected, value = words_of(name, judged)
+            columns = (judged.column,) if judged.column else ()
+            yield Check(name, "drift", columns, words, expected, value, "passed" if judged.within else "failed")
+        if not found:
+            why = f"not judged: nothing new, or fewer than {source.drift.days} past days"
+            words = f"what is new in {name} must be as past days let expect"
+            yield Check(name, "drift", (), words, "as past days", why, "passed")
+
+
 def _judged(
-    spec: Spec, tables: dict[str, pa.Table], snapshot: Snapshot, previous: Snapshot | None
+    spec: Spec, home: Home, tables: dict[str, pa.Table], snapshot: Snapshot, previous: Snapshot | None
 ) -> Iterator[Check]:  # fmt: skip
     """Every check, table by table. Values are judged only where all types are right."""
     judge = _Judge()
@@ -142,6 +165,7 @@ def _judged(
         yield from judge.all(rules, frame.build(rules), tables[name], _key_columns(source, spec.timed))
     if len(sound) == len(tables):
         yield from _share_checks(spec, tables, snapshot)
+        yield from _drift_checks(spec, home, tables, snapshot, previous)
 
 
 def _before(name: str, snapshot: Snapshot, previous: Snapshot | None) -> int | None:
