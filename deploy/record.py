@@ -47,6 +47,7 @@ def write_record(
     del inputs["format_version"]
     costs = stage_costs(folder)
     evaluation = read_json(at["evaluate"] / "evaluation.json")
+    snapshot = read_snapshot(home, run.pipeline, run.snapshot)
     manifest = {
         "pipeline": run.pipeline, "title": spec.title, "run_id": run.run_id, "as_of": iso(run.as_of_us),
         "clock": spec.clock.model_dump(mode="json") if spec.clock else None, "inputs": inputs,
@@ -58,7 +59,7 @@ def write_record(
         "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
         "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),
         "stages": costs, "stage_paths": {n: a.path for n, a in stages.items() if a is not None},
-        "snapshot_rows": read_snapshot(home, run.pipeline, run.snapshot).rows, "exact": True,
+        "snapshot_rows": snapshot.rows, "set_aside": snapshot.set_aside, "exact": True,
         "test_window_us": list(split_bounds(spec, run.as_of_us)[3][:2]) if spec.timed else None,
         "result_digest": digest_of(result), "result": result, "finished_wall_us": wall_us(),
     }  # fmt: skip

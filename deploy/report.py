@@ -48,12 +48,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """A source table: rows, how many more than before, identical ones counted once, expectations and those that hold."""
+    """A source table: rows, how many more than before, identical ones counted once, rows set aside, expectations that hold."""
 
     name: str
     rows: int
     change: int | None
     duplicates: int | None
+    set_aside: int
     checks: int
     passed: int
 
@@ -146,7 +147,8 @@ def _tables(found: Findings) -> list[Table]:
         verdicts = [c.verdict for c in found.contract.checks if c.table == name] if found.contract else []
         before, twice = (arrived[name].previous, arrived[name].duplicates) if name in arrived else (None, None)
         change = None if before is None else rows - before
-        listed.append(Table(name, rows, change, twice, len(verdicts), verdicts.count("passed")))
+        aside = found.manifest.get("set_aside", {}).get(name, 0)
+        listed.append(Table(name, rows, change, twice, aside, len(verdicts), verdicts.count("passed")))
     return sorted(listed, key=lambda t: (-t.rows, t.name))
 
 

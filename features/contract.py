@@ -17,14 +17,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from features.contract_page import Arrived, Check, ContractResult, as_json, percent, render
-from features.ingest import ARROW, Snapshot, read_table
+from features.contract_page import Arrived, Aside, Check, ContractResult, as_json, percent, render
+from features.history import Judged, judge_new, words_of
+from features.ingest import ARROW, Snapshot, quarantined, read_table
 from features.keys import KNOWN, text_keys
+from features.quarantine import bad_rows
 from pipelines.clock import iso
 from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
-from pipelines.manifest import write_atomic, write_json
+from pipelines.manifest import read_json, write_atomic, write_json
 from pipelines.spec import Column, Source, Spec
 
 SAMPLES = 8  # bad rows of a failure that the page shows
@@ -65,7 +68,8 @@ def check_contract(
         watermark_us=snapshot.watermark_us,
         timed=spec.timed,
         arrived=tuple(_arrived(name, tables[name], snapshot, previous) for name in spec.sources),
-        checks=tuple(_judged(spec, tables, previous)),
+        checks=tuple(_judged(spec, home, tables, snapshot, previous)),
+        aside=tuple(_aside(spec, home, snapshot)),
     )
     result = replace(result, seconds=time.monotonic() - started)
     if result.accepted:
@@ -85,7 +89,65 @@ def _arrived(name: str, table: pa.Table, snapshot: Snapshot, previous: Snapshot 
     return Arrived(name, table.num_rows, before, snapshot.duplicates.get(name, 0))
 
 
-def _judged(spec: Spec, tables: dict[str, pa.Table], previous: Snapshot | None) -> Iterator[Check]:
+def _aside(spec: Spec, home: Home, snapshot: Snapshot) -> Iterator[Aside]:
+    """What the snapshot set aside, with rows from the quarantine while they are there."""
+    listed = read_json(home.root / snapshot.path).get("set_aside", {})
+    for name in [n for n in spec.sources if n in listed]:
+        rows, file = listed[name]["rows"], quarantined(home, spec.pipeline, snapshot.digest, name)
+        reasons = tuple((rule, columns, count) for rule, columns, count in listed[name]["reasons"])
+        aside = Aside(name, rows, rows + snapshot.rows[name], home.relative(file), reasons)
+        if file.exists():
+            table = pq.read_table(file).slice(0, SAMPLES)
+            broken = [c for _, columns, _ in reasons for c in columns.split(", ") if c in table.column_names]
+            columns = [*dict.fromkeys([*spec.sources[name].key, *broken, "_reasons", "_file", "_row"])]
+            shown = [tuple(_show(row[c]) for c in columns) for row in _times_as_text(table.select(columns)).to_pylist()]
+            aside = replace(aside, sample_columns=tuple(c.removeprefix("_") for c in columns), sample_rows=tuple(shown))
+        yield aside
+
+
+def _share_checks(spec: Spec, tables: dict[str, pa.Table], snapshot: Snapshot) -> Iterator[Check]:
+    """Of sources that may set rows aside: no more than they may."""
+    if not any(source.quarantine for source in spec.sources.values()):
+        return
+    bad = {} if snapshot.set_aside else bad_rows(spec, tables)  # a snapshot that set rows aside has no bad ones left
+    for name, source in spec.sources.items():
+        if not source.quarantine:
+            continue
+        rows = snapshot.set_aside.get(name, 0) if snapshot.set_aside else int(bad[name].mask.sum())
+        of = tables[name].num_rows + snapshot.set_aside.get(name, 0)
+        most = f"at most {percent(source.quarantine)} set aside"
+        counts = ", ".join(f"{count:,} {rule} ({columns})" for (rule, columns), count in bad[name].counts.items()) if bad else ""
+        found = f"{rows:,} of {of:,} rows ({percent(rows / of) if of else '0 %'}) {'bad' if bad else 'set aside'}"
+        verdict: Any = "failed" if bad and bad[name].too_many else "passed"
+        yield Check(name, "quarantine", (), f"{name} may have {most.replace('set aside', 'of its rows set aside')}", most,
+                    found + (f": {counts}" if counts else ""), verdict, rows, of)  # fmt: skip
+
+
+def _drift_checks(
+    spec: Spec, home: Home, tables: dict[str, pa.Table], snapshot: Snapshot, previous: Snapshot | None
+) -> Iterator[Check]:  # fmt: skip
+    """Of sources with `drift`: what is new lies within what the days before let expect."""
+    for name, source in spec.sources.items():
+        if source.drift is None:
+            continue
+        found: list[Judged] = []
+        if previous is not None and previous.digest != snapshot.digest:
+            before = read_table(spec, home, previous, name)
+            now, then = snapshot.watermark_us, previous.watermark_us
+            found = list(judge_new(source, source.drift, tables[name], before, now=now, then=then))
+        for judged in found:
+            words, expected, value = words_of(name, judged)
+            columns = (judged.column,) if judged.column else ()
+            yield Check(name, "drift", columns, words, expected, value, "passed" if judged.within else "failed")
+        if not found:
+            why = f"not judged: nothing new, or fewer than {source.drift.days} past days"
+            words = f"what is new in {name} must be as past days let expect"
+            yield Check(name, "drift", (), words, "as past days", why, "passed")
+
+
+def _judged(
+    spec: Spec, home: Home, tables: dict[str, pa.Table], snapshot: Snapshot, previous: Snapshot | None
+) -> Iterator[Check]:  # fmt: skip
     """Every check, table by table. Values are judged only where all types are right."""
     judge = _Judge()
     types = {}
@@ -97,10 +159,20 @@ def _judged(spec: Spec, tables: dict[str, pa.Table], previous: Snapshot | None) 
         yield types[name]
         if name not in sound:
             continue
-        before = previous.rows.get(name) if previous else None
+        before = _before(name, snapshot, previous)
         rules = [r for r in value_rules(name, source, spec.timed, before) if (r.to or name) in sound]
         frame = _Frame(tables, name)
         yield from judge.all(rules, frame.build(rules), tables[name], _key_columns(source, spec.timed))
+    if len(sound) == len(tables):
+        yield from _share_checks(spec, tables, snapshot)
+        yield from _drift_checks(spec, home, tables, snapshot, previous)
+
+
+def _before(name: str, snapshot: Snapshot, previous: Snapshot | None) -> int | None:
+    """Rows that may be expected by those landed before: setting one aside is no loss."""
+    if previous is None or name not in previous.rows:
+        return None
+    return max(0, previous.rows[name] + previous.set_aside.get(name, 0) - snapshot.set_aside.get(name, 0))
 
 
 def type_rule(name: str) -> Rule:
@@ -114,9 +186,8 @@ def value_rules(name: str, source: Source, timed: bool, rows_before: int | None)
     """What the spec says of a table's values and rows."""
     rules = list(_row_rules(name, source, rows_before))
     rules += _key_rules(name, source, timed)
-    never_null = {*source.key, source.event_time, source.known_at.column if source.known_at else None}
     for column, declared in source.columns.items():
-        rules += _column_rules(name, column, declared, 0.0 if column in never_null else declared.nulls)
+        rules += _column_rules(name, column, declared, source.nulls(column))
     rules += _time_rules(name, source)
     for low, high in source.order:
         most = "not be after" if source.columns[low].type == "timestamp" else "be at most"

@@ -63,6 +63,19 @@ class Arrived:
 
 
 @dataclass(frozen=True)
+class Aside:
+    """Rows of one table that are in quarantine: `rows` of `of`, by rule and columns, and some of them."""
+
+    table: str
+    rows: int
+    of: int
+    file: str
+    reasons: tuple[tuple[str, str, int], ...]
+    sample_columns: tuple[str, ...] = ()
+    sample_rows: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class ContractResult:
     """Every expectation of a contract, judged. `seconds` and `report` are no part of the digest or the JSON."""
 
@@ -73,6 +86,7 @@ class ContractResult:
     timed: bool
     arrived: tuple[Arrived, ...]
     checks: tuple[Check, ...]
+    aside: tuple[Aside, ...] = ()
     seconds: float = 0.0
     report: str = ""
 
@@ -120,12 +134,13 @@ def as_json(result: ContractResult) -> dict[str, Any]:
 
 def from_json(value: dict[str, Any]) -> ContractResult:
     """The inverse of `as_json`, for reports."""
-    skip = ("accepted", "format_version", "checks", "arrived")
+    skip = ("accepted", "format_version", "checks", "arrived", "aside")
     fields = {name: item for name, item in value.items() if name not in skip}
     return ContractResult(
         **fields,
         arrived=tuple(Arrived(**item) for item in value["arrived"]),
         checks=tuple(_check(item) for item in value["checks"]),
+        aside=tuple(_aside(item) for item in value.get("aside", ())),
     )
 
 
@@ -136,6 +151,15 @@ def _check(item: dict[str, Any]) -> Check:
         "sample_rows": tuple(tuple(row) for row in item["sample_rows"]),
     }
     return Check(**{**item, **lists})
+
+
+def _aside(item: dict[str, Any]) -> Aside:
+    lists = {
+        "reasons": tuple((rule, columns, count) for rule, columns, count in item["reasons"]),
+        "sample_columns": tuple(item["sample_columns"]),
+        "sample_rows": tuple(tuple(row) for row in item["sample_rows"]),
+    }
+    return Aside(**{**item, **lists})
 
 
 def percent(share: float) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.keys import KNOWN, SEPARATOR, text_keys
-from pipelines.clock import NEVER, iso, parse_time, wall_us
-from pipelines.errors import Refused, nearest
+from features.keys import KNOWN, text_keys
+from features.landed import ARROW, read_landed
+from features.quarantine import BadRows, bad_rows
+from pipelines.clock import NEVER, iso, wall_us
+from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import digest_of, read_json, write_json, write_page
 from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
-
-ARROW = {
-    "string": pa.string(),
-    "int64": pa.int64(),
-    "float64": pa.float64(),
-    "bool": pa.bool_(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
-YEARS_US = (parse_time("0001-01-01"), parse_time("9999-12-31"))  # the times that have a text
 
 
 @dataclass(frozen=True)
@@ -47,11 +40,15 @@ class Snapshot:
     until_us: int | None  # facts known later do not exist for it
     rows: dict[str, int]
     duplicates: dict[str, int] = field(default_factory=dict)
+    set_aside: dict[str, int] = field(default_factory=dict)  # rows that are in quarantine, and not among `rows`
     new_files: int = 0
 
 
 def ingest(spec: Spec, home: Home) -> Snapshot:
-    """The snapshot of everything landed. Raises Refused, naming the file, for what cannot be read or believed."""
+    """The snapshot of everything landed, but for rows set aside.
+
+    Raises Refused, naming the file, for what cannot be read or believed.
+    """
     index_path = home.snapshots(spec.pipeline) / "landing.json"
     index = read_json(index_path)["files"] if index_path.exists() else {}
     found = _landed(spec, home)
@@ -64,11 +61,12 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     try:
         for name, path in found.items():
             index[name] = _entry(spec, home, name, path, index.get(name), taken)
+        _check_columns(spec, index)
     except Refused:
         write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
         raise
     write_json(index_path, {"files": index})
-    return _publish(spec, home, index, new)
+    return replace(_set_aside(spec, home, _publish(spec, home, index)), new_files=new)
 
 
 def _taken_in(spec: Spec, home: Home) -> set[str]:
@@ -77,7 +75,7 @@ def _taken_in(spec: Spec, home: Home) -> set[str]:
     snapshots = {done["inputs"]["snapshot"]} if done else set()
     snapshots |= {going.snapshot} if going else set()
     bodies = [read_json(home.snapshots(spec.pipeline) / f"{digest}.json") for digest in snapshots]
-    return {sha for body in bodies for listed in body["objects"].values() for sha, _ in listed}
+    return {sha for body in bodies for listed in body.get("landed", body["objects"]).values() for sha, _ in listed}
 
 
 def _entry(
@@ -100,11 +98,27 @@ def _entry(
         entry = None
     if entry and same_spec:
         return {**entry, "mtime_ns": stat.st_mtime_ns}
-    table = _read_file(name, data, source, spec.timed)
+    table, absent = read_landed(name, data, source, timed=spec.timed)
     return {
-        "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
+        "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows, "absent": absent,
         "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home), "columns": columns,
     }  # fmt: skip
+
+
+def _check_columns(spec: Spec, index: dict[str, dict[str, Any]]) -> None:
+    """A column may begin with some file, and is null before. Raises Refused for a file that lacks what came before it."""
+    before: dict[str, set[str]] = {name: set() for name in spec.sources}
+    for name, entry in sorted(index.items(), key=lambda item: (item[1]["arrival_us"], item[0])):
+        source = name.split("/")[0]
+        if source not in before:
+            continue
+        absent = set(entry.get("absent", ()))
+        if lost := sorted(before[source] & absent):
+            raise Refused(
+                f"landing file {name}: column {lost[0]!r} is missing, which files before it have; its {entry['rows']:,} rows "
+                "would be null there: land it with the column, or take the column out of the spec"
+            )
+        before[source] |= spec.sources[source].columns.keys() - absent
 
 
 def write_arrivals(snapshot: Snapshot, previous: Snapshot | None, path: Path) -> None:
@@ -124,7 +138,7 @@ def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:
     value = read_json(path)
     return Snapshot(
         pipeline, digest, home.relative(path), value["watermark_us"], value["until_us"], value["rows"],
-        value["duplicates"],
+        value["duplicates"], {name: aside["rows"] for name, aside in value.get("set_aside", {}).items()},
     )  # fmt: skip
 
 
@@ -134,6 +148,8 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
         return snapshot
     body = read_json(home.root / snapshot.path)
     del body["format_version"]
+    body["objects"] = body.pop("landed", body["objects"])  # what is set aside is seen from then
+    body.pop("set_aside", None)
     digest = digest_of({"snapshot": snapshot.digest, "until": as_of})
     path = home.snapshots(spec.pipeline) / f"{digest}.json"
     body["until_us"] = body["watermark_us"] = as_of
@@ -142,7 +158,7 @@ def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     body["rows"] = {name: table.num_rows for name, table in tables.items()}
     body["watermark_us"] = max((us for t in tables.values() if (us := newest(t)) is not None), default=as_of)
     write_json(path, body)
-    return read_snapshot(home, spec.pipeline, digest)
+    return _set_aside(spec, home, read_snapshot(home, spec.pipeline, digest))
 
 
 def extended(home: Home, snapshot: Snapshot, more: dict[str, pa.Table]) -> Snapshot:
@@ -160,11 +176,20 @@ def extended(home: Home, snapshot: Snapshot, more: dict[str, pa.Table]) -> Snaps
 def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Table:
     """All versions of a source's facts, sorted by key and known-at, once each, with their `_known_at`."""
     body = read_json(home.root / snapshot.path)
-    table = _merge(spec, name, home, body["objects"][name])[0]
-    if body["until_us"] is not None:
-        known = pc.less_equal(table[KNOWN].cast(pa.int64()), body["until_us"])
-        table = table.filter(pc.fill_null(known, True))  # a fact without known-at stays, for the contract to refuse
-    return table
+    table = _merge(spec, name, home, body["objects"][name]).table
+    return table.filter(_within(table, body["until_us"]))
+
+
+def _within(table: pa.Table, until_us: int | None) -> pa.Array:
+    """Which facts are known by then; one without known-at stays, for the contract to refuse."""
+    if until_us is None:
+        return pa.repeat(pa.scalar(True), table.num_rows)
+    return pc.fill_null(pc.less_equal(table[KNOWN].combine_chunks().cast(pa.int64()), until_us), True)
+
+
+def landed_files(folder: Path) -> list[Path]:
+    """The files of a source, in the order of their names; those that are being written do not count."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
 
 
 def read_new(spec: Spec, home: Home, snapshot: Snapshot, since: Snapshot, name: str) -> pa.Table | None:
@@ -174,7 +199,7 @@ def read_new(spec: Spec, home: Home, snapshot: Snapshot, since: Snapshot, name: 
         return None
     table = read_table(spec, home, snapshot, name) if since.until_us is not None else None
     new = [listed for listed in now if listed not in then]
-    parts = [_merge(spec, name, home, new)[0]] if new else []
+    parts = [_merge(spec, name, home, new).table] if new else []
     if table is not None:
         parts.append(table.filter(pc.greater(table[KNOWN].cast(pa.int64()), since.until_us)))
     found = pa.concat_tables(parts) if parts else read_table(spec, home, snapshot, name).slice(0, 0)
@@ -185,70 +210,13 @@ def _landed(spec: Spec, home: Home) -> dict[str, Path]:
     root = home.landing(spec.pipeline)
     found = {}
     for source in spec.sources:
-        files = sorted(p for p in (root / source).rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+        files = landed_files(root / source)
         if not files:
-            hint = f"`millrace sample {spec.pipeline}`" if spec.sample else "your Parquet files there"
-            raise Refused(f"no files landed for source {source!r}: expected Parquet in {root / source}; put {hint}")
+            hint = f"`millrace sample {spec.pipeline}`" if spec.sample else "your files there"
+            forms = "Parquet, CSV, JSON lines or TFRecord"
+            raise Refused(f"no files landed for source {source!r}: expected {forms} in {root / source}; put {hint}")
         found.update({p.relative_to(root).as_posix(): p for p in files})
     return found
-
-
-def _read_file(name: str, data: bytes, source: Source, timed: bool) -> pa.Table:
-    """The declared columns of one landing file, in canonical order and types."""
-    if data[:4] != b"PAR1":
-        raise Refused(f"landing file {name} is not Parquet (it begins with {data[:4]!r}): write it as Parquet")
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        known = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Refused(f"landing file {name} cannot be read, it may be cut short: {str(error)[:200]}") from None
-    columns = {}
-    for column, declared in sorted(source.columns.items()):
-        if column not in known:
-            raise Refused(
-                f"landing file {name}: column {column!r} is missing "
-                f"(columns: {', '.join(known)}{nearest(column, known)})"
-            )
-        columns[column] = _typed(f"landing file {name}: column {column!r}", table[column], declared.type)
-    result = pa.table(columns)
-    if source.key == ("row_digest",) and not timed:
-        result = result.append_column("row_digest", _row_digests(result))
-    return result
-
-
-def _typed(where: str, column: pa.ChunkedArray, declared: str) -> pa.Array:
-    """The column in its declared type, widened where nothing is lost. Raises Refused otherwise."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    ok = {
-        "string": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-        "int64": pa.types.is_integer(kind),
-        "float64": pa.types.is_floating(kind) or pa.types.is_integer(kind),
-        "bool": pa.types.is_boolean(kind),
-        "timestamp": pa.types.is_timestamp(kind),
-    }[declared] or pa.types.is_null(kind)
-    if not ok:
-        raise Refused(f"{where} is {kind}, the spec says {declared}: write it as {ARROW[declared]}")
-    if pa.types.is_timestamp(kind) and kind.tz is None:
-        raise Refused(f"{where} holds times without a zone: write them as timestamp[us, tz=UTC]")
-    try:
-        array = column.cast(ARROW[declared]).combine_chunks()
-        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        array.validate(full=True)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise Refused(f"{where} does not fit {declared}: {str(error)[:200]}") from None
-    if declared == "timestamp":
-        us = pc.min_max(array.cast(pa.int64())).as_py()
-        if us["min"] is not None and not YEARS_US[0] <= us["min"] <= us["max"] < YEARS_US[1]:
-            raise Refused(f"{where} holds times outside the years 1 to 9999: were they written in another unit?")
-    return array
-
-
-def _row_digests(table: pa.Table) -> pa.Array:
-    texts = [pc.fill_null(column.cast(pa.string()), "\x00") for column in table.columns]
-    joined = pc.binary_join_element_wise(*texts, SEPARATOR) if len(texts) > 1 else texts[0]
-    return pa.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in joined.to_pylist()], pa.string())
 
 
 def _store(table: pa.Table, home: Home) -> str:
@@ -256,14 +224,18 @@ def _store(table: pa.Table, home: Home) -> str:
     sha = _values_digest(table)
     path = home.objects / f"{sha}.parquet"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{sha}.{os.getpid()}")
-        try:
-            pq.write_table(table.replace_schema_metadata({"format_version": "1"}), scratch, compression="zstd")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        _write(table, path)
     return sha
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}")
+    try:
+        pq.write_table(table.replace_schema_metadata({"format_version": "1"}), scratch, compression="zstd")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _values_digest(table: pa.Table) -> str:
@@ -290,31 +262,47 @@ def _values_digest(table: pa.Table) -> str:
     return sha.hexdigest()
 
 
-def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> tuple[pa.Table, int]:
-    """Every version of a source once, sorted by key and known-at; and how many identical rows were dropped."""
+@dataclass(frozen=True)
+class _Merged:
+    """Every version of a source once, sorted by key and known-at; and where each landed row is in it."""
+
+    table: pa.Table
+    duplicates: int
+    origin: np.ndarray  # number of its object (L landed rows)
+    row: np.ndarray  # row of that object (L)
+    place: np.ndarray  # row of the table (L)
+
+
+def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> _Merged:
+    """Raises Refused where facts clash, unless the source may set rows aside."""
     source = spec.sources[name]
-    parts, origin = [], []
+    parts, origins, numbers = [], [], []
     for number, (sha, arrival_us) in enumerate(objects):
         part = pq.read_table(home.objects / f"{sha}.parquet")
         parts.append(part.append_column(KNOWN, known_at(part, source, arrival_us)))
-        origin.append(np.full(part.num_rows, number))
+        origins.append(np.full(part.num_rows, number))
+        numbers.append(np.arange(part.num_rows))
     table, order, equal, clash = in_order(pa.concat_tables(parts).replace_schema_metadata(None), source)
-    if clash.any():
-        at, came_from = int(np.flatnonzero(clash)[0]), np.concatenate(origin)[order]
-        row = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[came_from[at]][0][:12], objects[came_from[at - 1]][0][:12]})
+    origin, row = np.concatenate(origins)[order], np.concatenate(numbers)[order]
+    if not source.quarantine and clash.any():
+        at = int(np.flatnonzero(clash)[0])
+        fact = {k: str(table[k][at]) for k in source.key}
+        shas = sorted({objects[origin[at]][0][:12], objects[origin[at - 1]][0][:12]})
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
-            f"such as {row} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            f"such as {fact} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
             "a correction needs a later known-at"
         )
-    return (table.filter(pa.array(~equal)).combine_chunks() if equal.any() else table), int(equal.sum())
+    once = table.filter(pa.array(~equal)).combine_chunks() if equal.any() else table
+    return _Merged(once, int(equal.sum()), origin, row, np.cumsum(~equal) - 1)
 
 
 def in_order(table: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
     """Facts (N) by key and known-at; which row each was; which say what the one before says (bool), and which contradict it."""
-    table = table.combine_chunks()
-    order = pc.sort_indices(table, [(k, "ascending") for k in (*source.key, KNOWN)])
+    table, by = table.combine_chunks(), [*source.key, KNOWN]
+    if source.quarantine:  # clashing facts stay for now: in an order that their values give
+        by += [c for c in table.column_names if c not in by]
+    order = pc.sort_indices(table, [(k, "ascending") for k in by])
     table = table.take(order).combine_chunks()
     none = np.zeros(table.num_rows, bool)
     if table.num_rows < 2:
@@ -329,6 +317,96 @@ def in_order(table: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray, np.
     for column in set(table.column_names) - {*source.key, KNOWN}:
         equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
     return table, order.to_numpy(), np.append(False, equal), np.append(False, twice & ~equal)
+
+
+def _set_aside(spec: Spec, home: Home, snapshot: Snapshot) -> Snapshot:
+    """The snapshot without its bad rows, which then lie in `quarantine/PIPELINE/SNAPSHOT16/SOURCE.parquet`.
+
+    The same snapshot where none are bad, or more of a source than may be: then the contract refuses them.
+    """
+    if not any(source.quarantine for source in spec.sources.values()):
+        return snapshot
+    memo = home.snapshots(spec.pipeline) / "by_objects" / f"{digest_of([snapshot.digest, _source_digest(spec)])}.json"
+    if memo.exists():
+        return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
+    body = read_json(home.root / snapshot.path)
+    del body["format_version"]
+    merged = {name: _merge(spec, name, home, body["objects"][name]) for name in spec.sources}
+    known = {name: np.asarray(_within(m.table, body["until_us"])) for name, m in merged.items()}
+    tables = {name: m.table.filter(pa.array(known[name])) for name, m in merged.items()}
+    found = bad_rows(spec, tables)
+    if not any(bad.mask.any() for bad in found.values()) or any(bad.too_many for bad in found.values()):
+        write_json(memo, {"snapshot": snapshot.digest})
+        return snapshot
+    body["landed"], body["objects"], body["set_aside"], aside = body["objects"], dict(body["objects"]), {}, {}
+    for name, bad in found.items():
+        if not bad.mask.any():
+            continue
+        gone = np.zeros(merged[name].table.num_rows, bool)
+        gone[known[name]] = bad.mask
+        body["objects"][name] = _without(home, body["landed"][name], merged[name], gone)
+        aside[name] = _reasoned(tables[name], bad)
+        body["set_aside"][name] = {"rows": int(bad.mask.sum()), "reasons": [[*why, count] for why, count in bad.counts.items()]}
+        body["rows"][name] -= int(bad.mask.sum())
+        tables[name] = tables[name].filter(pa.array(~bad.mask))
+    digest = digest_of({"snapshot": snapshot.digest, "set_aside": {name: _values_digest(t) for name, t in aside.items()}})
+    files = _files_of(spec, home)
+    for name, table in aside.items():
+        place = quarantined(home, spec.pipeline, digest, name)
+        _write(_located(table, merged[name], body["landed"][name], np.flatnonzero(known[name])[found[name].mask], files), place)
+    body["watermark_us"] = max((us for t in tables.values() if (us := newest(t)) is not None), default=0)
+    body["watermark"] = iso(body["watermark_us"])
+    write_json(home.snapshots(spec.pipeline) / f"{digest}.json", body)
+    write_json(memo, {"snapshot": digest})
+    return read_snapshot(home, spec.pipeline, digest)
+
+
+def quarantined(home: Home, pipeline: str, digest: str, source: str) -> Path:
+    """Where the rows lie that a snapshot set aside, with `_rule`, `_column`, `_reasons`, `_file` and `_row` (from 0)."""
+    return home.root / "quarantine" / pipeline / digest[:16] / f"{source}.parquet"
+
+
+def _without(home: Home, objects: list[list], merged: _Merged, gone: np.ndarray) -> list[list]:
+    """The objects, those with rows that are gone replaced by ones without."""
+    lost = gone[merged.place]
+    kept = []
+    for number, (sha, arrival_us) in enumerate(objects):
+        rows = merged.row[lost & (merged.origin == number)]
+        if len(rows):
+            part = pq.read_table(home.objects / f"{sha}.parquet").replace_schema_metadata(None)
+            stays = np.ones(part.num_rows, bool)
+            stays[rows] = False
+            sha = _store(part.filter(pa.array(stays)), home)
+        kept.append([sha, arrival_us])
+    return sorted(kept)
+
+
+def _reasoned(table: pa.Table, bad: BadRows) -> pa.Table:
+    """The bad rows, with the first reason and all of them."""
+    rows = np.flatnonzero(bad.mask)
+    why = [[reason for reason, mask in bad.reasons.items() if mask[row]] for row in rows]
+    table = table.take(pa.array(rows))
+    texts = {"_rule": [w[0][0] for w in why], "_column": [w[0][1] for w in why],
+             "_reasons": ["; ".join(f"{rule}: {column}" for rule, column in w) for w in why]}  # fmt: skip
+    for name, values in texts.items():
+        table = table.append_column(name, pa.array(values, pa.string()))
+    return table
+
+
+def _located(
+    table: pa.Table, merged: _Merged, objects: list[list], places: np.ndarray, files: dict[str, str]
+) -> pa.Table:  # fmt: skip
+    """Rows at these places of a merged table, with the file and its row that each was first found in."""
+    order = np.lexsort([merged.row, merged.origin, merged.place])
+    first = order[np.searchsorted(merged.place[order], places)]
+    table = table.append_column("_file", pa.array([files.get(objects[o][0], "") for o in merged.origin[first]], pa.string()))
+    return table.append_column("_row", pa.array(merged.row[first], pa.int64()))
+
+
+def _files_of(spec: Spec, home: Home) -> dict[str, str]:
+    """Object → the first landing file that holds it."""
+    index = read_json(home.snapshots(spec.pipeline) / "landing.json")["files"]
+    return {entry["object"]: name for name, entry in sorted(index.items(), reverse=True)}
 
 
 def _same(array: pa.Array) -> pa.Array:
@@ -365,14 +443,14 @@ def newest(table: pa.Table) -> int | None:
     return found
 
 
-def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapshot:
+def _publish(spec: Spec, home: Home, index: dict[str, dict]) -> Snapshot:
     """Writes the snapshot of an index, unless these objects already have one."""
     objects: dict[str, list[list]] = {name: [] for name in spec.sources}
     for name, entry in sorted(index.items()):
         source = name.split("/")[0]
         if source in objects:
-            known_at = spec.sources[source].known_at
-            arrival = entry["arrival_us"] if known_at and known_at.arrival else 0
+            rule = spec.sources[source].known_at
+            arrival = entry["arrival_us"] if rule and rule.arrival else 0
             objects[source].append([entry["object"], arrival])
     for listed in objects.values():
         listed.sort()
@@ -381,7 +459,8 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
         return read_snapshot(home, spec.pipeline, read_json(memo)["snapshot"])
     rows, duplicates, latest, sha = {}, {}, [], hashlib.sha256()
     for name in sorted(objects):
-        table, duplicates[name] = _merge(spec, name, home, objects[name])
+        merged = _merge(spec, name, home, objects[name])
+        table, duplicates[name] = merged.table, merged.duplicates
         rows[name] = table.num_rows
         latest += [us for us in [newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
@@ -394,9 +473,7 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
     path = home.snapshots(spec.pipeline) / f"{digest}.json"
     write_json(path, body)
     write_json(memo, {"snapshot": digest})
-    return Snapshot(
-        spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates, new
-    )
+    return Snapshot(spec.pipeline, digest, home.relative(path), watermark, None, rows, duplicates)
 
 
 def _columns_digest(source: Source, timed: bool) -> str:

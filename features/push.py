@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
@@ -24,11 +23,12 @@ from features.feed import Tables, changed_cells, recent
 from features.ingest import ARROW, Snapshot, extended, in_order, known_at, newest, read_new, read_snapshot, read_table
 from features.keys import KNOWN
 from features.online import layout_digest
+from features.quarantine import own_reasons
 from pipelines.clock import MISSING, iso
 from pipelines.errors import MillraceError, nearest
 from pipelines.home import Home
 from pipelines.manifest import digest_of
-from pipelines.spec import Column, Source, Spec
+from pipelines.spec import Source, Spec
 
 MANY = 0.1  # share of new facts from which on a store is written whole
 
@@ -146,42 +146,29 @@ def _table(source: Source, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _refuse(spec: Spec, events: Sequence[Event], now: int) -> None:
     """Raises BadEvent for what the contract would refuse row by row, and for facts from the future."""
+    by_source: dict[str, list[Event]] = {}
     for event in events:
-        where = f"event {event.id!r}"
-        if event.source not in spec.sources:
-            raise BadEvent(f"{where}: source {event.source!r} is not one of {', '.join(spec.sources)}")
-        source, row = spec.sources[event.source], json.loads(event.row)
+        source = spec.sources.get(event.source)
+        if source is None:
+            raise BadEvent(f"event {event.id!r}: source {event.source!r} is not one of {', '.join(spec.sources)}")
         if source.known_at is None or source.known_at.arrival:
-            raise BadEvent(f"{where}: source {event.source!r} does not say when a fact became known: land its files instead")
-        if unknown := sorted(row.keys() - source.columns.keys()):
+            raise BadEvent(f"event {event.id!r}: source {event.source!r} has no known_at column or lag: land its files instead")
+        if unknown := sorted(json.loads(event.row).keys() - source.columns.keys()):
             near = nearest(unknown[0], [*source.columns])
-            raise BadEvent(f"{where}: source {event.source!r} has no column {unknown[0]!r}{near}")
-        for name, column in source.columns.items():
-            needed = name in source.key or name in (source.event_time, source.known_at.column)
-            _refuse_value(f"{where}: column {name!r}", column, row.get(name), needed=needed)
-        for a, b in source.order:
-            if row.get(a) is not None and row.get(b) is not None and row[a] > row[b]:
-                raise BadEvent(f"{where}: {a} is after {b}; the spec says that it is not")
-        happened = row[source.event_time] if source.event_time else MISSING
-        known = row[source.known_at.column] if source.known_at.column else happened + (source.known_at.lag or 0)
-        if known > now:
-            raise BadEvent(f"{where} is from the future: known at {iso(known)}, and now it is {iso(now)}")
-        if source.kind == "observation" and happened > known:
-            raise BadEvent(f"{where} is known before it happens: {source.event_time} is {iso(happened)}")
-
-
-def _refuse_value(where: str, column: Column, value: Any, *, needed: bool) -> None:
-    if value is None:
-        if needed or not column.nulls:
-            raise BadEvent(f"{where} is missing; send a {column.type}")
-        return
-    low, high = column.min, column.max
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise BadEvent(f"{where} is {value:g}, outside {low} to {high}")
-    if column.values is not None and value not in column.values:
-        raise BadEvent(f"{where} is {value!r}, not one of {', '.join(column.values[:12])}")
-    if column.pattern is not None and not pc.match_substring_regex(pa.array([value]), column.pattern)[0].as_py():
-        raise BadEvent(f"{where} is {value!r}, which does not match {column.pattern!r}")
+            raise BadEvent(f"event {event.id!r}: source {event.source!r} has no column {unknown[0]!r}{near}")
+        by_source.setdefault(event.source, []).append(event)
+    for name, listed in by_source.items():
+        table = event_tables(spec, listed)[name]
+        for (rule, column), wrong in own_reasons(spec.sources[name], table):
+            if rule != "key" and wrong.any():
+                at = int(np.flatnonzero(wrong)[0])
+                found = {c: json.loads(listed[at].row).get(c) for c in column.split(", ") if c in table.column_names}
+                raise BadEvent(f"event {listed[at].id!r} breaks a rule of its source ({rule}: {column}): {json.dumps(found)}")
+        known = int_times(table[KNOWN])
+        if (known > now).any():
+            at = int(known.argmax())
+            when = f"known at {iso(int(known[at]))}, and now it is {iso(now)}"
+            raise BadEvent(f"event {listed[at].id!r} is from the future: {when}")
 
 
 def pushed_events(stores: Iterable[Path | str]) -> list[Event]:

@@ -7,11 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.frame import feature_list, resolve
+from features.ingest import landed_files
+from features.landed import column_names
 from features.views import stored_views
 from pipelines.clock import duration_text
-from pipelines.errors import UsageError, nearest
+from pipelines.errors import Refused, UsageError, nearest
 from pipelines.home import Home, free_mb
-from pipelines.spec import Spec
+from pipelines.spec import Source, Spec
 
 NEEDED_MB = 2_000
 
@@ -38,16 +40,20 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
         except UsageError as error:
             problems.append(str(error))
     for name, source in spec.sources.items():
-        files = sorted((home.landing(spec.pipeline) / name).rglob("*.parquet"))
+        files = landed_files(home.landing(spec.pipeline) / name)
         if not files:
             hint = f"; type `millrace sample {spec.pipeline}`" if spec.sample else ""
             problems.append(f"{name}: nothing landed in {home.landing(spec.pipeline) / name}{hint}")
             continue
-        rows, found = _look(files)
-        lines.append(f"{name}: {len(files)} files, {rows:,} rows, key {', '.join(source.key)}")
+        try:
+            rows, found = _look(files, source)
+        except Refused as error:
+            problems.append(f"{name}: {error}")
+            continue
+        lines.append(f"{name}: {len(files)} files, {rows}key {', '.join(source.key)}")
         for column in source.columns:
-            if found is not None and column not in found.names:
-                problems.append(f"{name}: column {column!r} is not in {files[-1].name}{nearest(column, found.names)}")
+            if column not in found and source.nulls(column) == 0:
+                problems.append(f"{name}: column {column!r} is not in {files[-1].name}{nearest(column, found)}")
     free = free_mb(home)
     lines.append(f"disk: {free:,} MB free at {home.root}")
     if free < NEEDED_MB:
@@ -61,13 +67,12 @@ def _asked(spec: Spec) -> str:
     return f", asked {duration_text(at.lead)} before {at.column}" if at else ", without time"
 
 
-def _look(files: list[Path]) -> tuple[int, pa.Schema | None]:
-    """Rows in all footers, and the schema of the newest file; 0 and None for what is not Parquet."""
-    rows, schema = 0, None
+def _look(files: list[Path], source: Source) -> tuple[str, list[str]]:
+    """Rows in all footers, where all are Parquet, and the columns of the newest file. Raises Refused when it is unreadable."""
+    rows, names = 0, column_names(files[-1].name, files[-1].read_bytes(), source)
     for file in files:
         try:
-            footer = pq.ParquetFile(file)
+            rows += pq.read_metadata(file).num_rows
         except (pa.ArrowInvalid, OSError):
-            continue
-        rows, schema = rows + footer.metadata.num_rows, footer.schema_arrow
-    return rows, schema
+            return "", names
+    return f"{rows:,} rows, ", names

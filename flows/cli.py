@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import click
 from pipelines.clock import parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home, open_home, process_env
-from pipelines.manifest import canonical_json
+from pipelines.manifest import canonical_json, write_atomic
 from pipelines.run import run_lock
 from pipelines.spec import Spec, find_pipeline, json_schema, load_spec
 
@@ -51,7 +52,12 @@ def main() -> None:
     """From raw Parquet to a served, self-retraining model."""
 
 
-def _verb(function: Callable[..., Answer | None]) -> click.Command:
+@main.group()
+def contract() -> None:
+    """The rules that landed data must meet."""
+
+
+def _verb(function: Callable[..., Answer | None], into: click.Group = main) -> click.Command:
     """A verb with `--json` and `--set`: prints its answer for a person, or as one JSON object."""
 
     def run(as_json: bool, **kwargs: Any) -> None:
@@ -72,7 +78,7 @@ def _verb(function: Callable[..., Answer | None]) -> click.Command:
     command = click.command(function.__name__.rstrip("_"))(run)
     command.params += getattr(function, "__click_params__", [])[::-1]
     command.params.append(click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."))
-    main.add_command(command)
+    into.add_command(command)
     return command
 
 
@@ -111,6 +117,27 @@ def sample(pipeline: str, until: str | None, daily: bool, overrides: tuple[str, 
     lines = [f"{name:<14} {rows:>9,} rows" for name, rows in report.rows.items()]
     lines += [f"{report.files} new files in {home.landing(spec.pipeline)}", *(f"· {note}" for note in report.notes)]
     return {"text": "\n".join(lines), "rows": dict(report.rows), "files": report.files, "notes": list(report.notes)}
+
+
+@partial(_verb, into=contract)
+@_pipeline
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the YAML there, as a spec that extends the pipeline's.")
+@_set
+def propose(pipeline: str, out: str | None, overrides: tuple[str, ...]) -> Answer:
+    """Rules for the spec's columns, from what landed: those that the spec does not state yet."""
+    import yaml
+
+    from features.ingest import ingest
+    from features.propose import count_rules, propose
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    sources = propose(spec, home, ingest(spec, home))
+    text = yaml.safe_dump({"sources": sources}, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    if out:
+        write_atomic(Path(out), f"extends: {find_pipeline(pipeline).name}\n{text}")
+    rules = count_rules(sources, spec)
+    said = f"# {rules} rules that {spec.pipeline} does not state and its data meet\n{text}" if rules else "nothing to add"
+    return {"text": f"{rules} rules written to {out}" if out else said.rstrip(), "rules": rules, "sources": sources}
 
 
 @_verb

@@ -111,6 +111,14 @@ class Reference(Model):
     share: float = Field(1.0, ge=0, le=1, description="smallest share of non-null values that must be found")
 
 
+class Drift(Model):
+    """Bounds from the past: what newly landed must resemble the days of the snapshot accepted before."""
+
+    days: int = Field(14, ge=2, description="fewest past days; with fewer nothing is judged yet")
+    tolerance: float = Field(0.5, ge=0, description="how far beyond the extremes of the past, in distances between them")
+    columns: tuple[str, ...] | None = Field(None, description="columns whose values are judged; default: all")
+
+
 class Sample(Model):
     """Where the sample data of a pipeline comes from."""
 
@@ -136,6 +144,10 @@ class Source(Model):
     references: tuple[Reference, ...] = Field((), description="foreign keys")
     rows_min: int = Field(1, ge=1, description="fewest rows accepted")
     rows_shrink: float = Field(0.0, ge=0, le=1, description="largest loss of rows against the previous snapshot")
+    drift: Drift | None = Field(None, description="judge what newly landed by the days before; {} is enough")
+    quarantine: float = Field(
+        0.0, ge=0, lt=1, description="largest share of rows that may be set aside for a rule on rows; 0: one bad row refuses"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +156,11 @@ class Source(Model):
             short = {k: {"type": v} if isinstance(v, str) else v for k, v in data["columns"].items()}
             data = {**data, "columns": short}
         return data
+
+    def nulls(self, column: str) -> float:
+        """Largest share of nulls accepted in a column: none in keys and times."""
+        never = {*self.key, self.event_time, self.known_at.column if self.known_at else None}
+        return 0.0 if column in never else self.columns[column].nulls
 
 
 class Rows(Model):
@@ -562,6 +579,10 @@ class _Check:
             for column in source.key:
                 if self.column(name, column, f"{where}.key").type == "float64":
                     raise ValueError(f"{where}.key {column!r} is float64; a key is string, int64, bool or timestamp")
+        if source.drift and not self.spec.timed:
+            raise ValueError(f"{where}: time: none takes no drift: it is told by days")
+        for column in (source.drift.columns or ()) if source.drift else ():
+            self.column(name, column, f"{where}.drift.columns")
         for pair in source.order:
             for column in pair:
                 self.column(name, column, f"{where}.order")

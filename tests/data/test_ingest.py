@@ -106,7 +106,7 @@ def home(tmp_path: Path) -> Home:
 def test_an_empty_landing(home: Home) -> None:
     message = refusal(home)
     assert "no files landed for source 'trips'" in message
-    assert str(home.landing("lines") / "trips") in message and "your Parquet files" in message
+    assert str(home.landing("lines") / "trips") in message and "your files there" in message
 
 
 def test_files_that_are_being_written_do_not_count(home: Home) -> None:
@@ -126,8 +126,8 @@ def test_a_truncated_file(home: Home, share: float) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"PA", b"id,name\n1,a\n", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_not_parquet(home: Home, data: bytes) -> None:
-    put(home, data, "table.csv")
-    assert "landing file trips/table.csv is not Parquet" in refusal(home)
+    put(home, data, "table.bin")
+    assert "landing file trips/table.bin is not Parquet" in refusal(home)
 
 
 def test_every_way_to_cut_a_file_is_a_refusal(home: Home) -> None:
@@ -153,7 +153,7 @@ def test_a_renamed_column_names_the_nearest(home: Home) -> None:
     ("column", "values", "found", "declared"),
     [("late", pa.array(["1"] * N), "string", "float64"), ("id", pa.array([1.0] * N), "double", "int64"),
      ("name", pa.array([b"x"] * N), "binary", "string"), ("full", pa.array([1] * N), "int64", "bool"),
-     ("at", pa.array([1] * N), "int64", "timestamp"), ("at", pa.array([NOON.date()] * N), "date32[day]", "timestamp"),
+     ("at", pa.array([1] * N), "int64", "timestamp"), ("at", pa.array(["noon"] * N), "string", "timestamp"),
      ("late", pa.array([[1.0]] * N), "list", "float64")],
 )  # fmt: skip
 def test_a_column_of_another_type(home: Home, column: str, values: pa.Array, found: str, declared: str) -> None:

@@ -154,7 +154,7 @@ def test_events_that_cannot_be_taken(tmp_path: Path) -> None:
     bad = {
         "is not one of": dataclasses.replace(good, source="nowhere"),
         "has no column 'colour'": dataclasses.replace(good, row=json.dumps({**row, "colour": 1})),
-        f"column '{source.key[0]}' is missing": dataclasses.replace(good, row=json.dumps({**row, source.key[0]: None})),
+        f"rule of its source .nulls: {source.key[0]}": dataclasses.replace(good, row=json.dumps({**row, source.key[0]: None})),
     }
     for words, event_ in bad.items():
         with pytest.raises(BadEvent, match=words):

@@ -125,7 +125,7 @@ def test_what_is_not_an_event_is_refused(live: Live) -> None:
         "is not an event": {"id": "x"},
         "row.late is text": {**good, "row": {**good["row"], "late": "much"}},
         "unknown field": {**good, "row": {**good["row"], "colour": 1}},
-        "'line' is missing": {**good, "row": {**good["row"], "line": None}},
+        "breaks a rule of its source (nulls: line)": {**good, "row": {**good["row"], "line": None}},
     }
     for words, event in wrong.items():
         status, answer = live.push(good, event)
