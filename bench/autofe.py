@@ -89,11 +89,13 @@ def main() -> None:
     raw, hand = judged.gains["raw"]["auc"], judged.gains["handmade"]["auc"]
     assert None not in (raw.value, raw.low, raw.high, hand.value, hand.low, hand.high)
     counted = Counter(v["reason"] for v in verdicts)
+    kept, dropped = counted.pop("kept"), dict(counted.most_common())
     figures = {
-        "auc_gain_vs_raw": round(raw.value or 0.0, 4), "auc_gain_vs_raw_interval": [round(v or 0.0, 4) for v in (raw.low, raw.high)],
+        "auc_gain_vs_raw": round(raw.value or 0.0, 4),
+        "auc_gain_vs_raw_interval": [round(v or 0.0, 4) for v in (raw.low, raw.high)],
         "auc_gap_to_handmade": round(-(hand.value or 0.0), 4),
         "auc_gap_to_handmade_interval": [round(-(v or 0.0), 4) for v in (hand.high, hand.low)],
-        "seconds": round(seconds, 1), "proposed": len(verdicts), "kept": counted.pop("kept"), "dropped": dict(counted.most_common()),
+        "seconds": round(seconds, 1), "proposed": len(verdicts), "kept": kept, "dropped": dropped,
         "views": {row["features"]: row["views"] for row in rows},
     }  # fmt: skip
     report("autofe", figures, rows, told.json, "numpy", "pyarrow", "feast", "lightgbm")

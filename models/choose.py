@@ -26,13 +26,16 @@ from features.store import FeatureSet, apply_feast, historical_features, write_v
 from models.evaluate import auc
 from models.gbdt import fit_gbdt, importance
 from pipelines.clock import MISSING
+from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import Note, write_json, write_page
-from pipelines.spec import Auto, Gbdt, Latest, Sequence as Chain, Spec, Window
+from pipelines.spec import Latest, Spec
+from pipelines.spec import Sequence as Chain
 
 LEARN = 0.75  # share of the rows, the older ones, from which the trees learn; the newer ones end that
 PROBES = 20  # columns of noise that a feature has to beat
 SAMPLED = 20_000  # rows, at most, by which features are compared with one another
+TREND = 0.9  # rank correlation with time from which a feature tells when a row is, and nothing about later rows
 KEPT = "kept"
 
 
@@ -66,8 +69,14 @@ def choose_into(spec: Spec, home: Home, snapshot: Snapshot, as_of: int, out: Pat
     frame = _frame(proposal.spec, home, tables, rows, at, out)
     label = rows.label[at].astype(np.float64)
     verdicts = [Verdict(f, d.group, d.reason, d.why) for d in proposal.dropped for f in d.features]
-    verdicts += choose(spec, proposal, frame, label)
-    resolved = chosen(proposal.spec, [v.feature for v in verdicts if v.kept])
+    verdicts += choose(spec, proposal, frame, label, rows.t[at])
+    kept = [v.feature for v in verdicts if v.kept]
+    if not kept:
+        raise Refused(
+            f"features: auto: none of {len(verdicts)} proposed features tells the label better than noise does "
+            f"({len(at):,} training rows); declare more columns, or write features by hand"
+        )
+    resolved = chosen(proposal.spec, kept)
     counted = Counter(v.reason for v in verdicts)
     write_json(out / "spec.json", resolved.model_dump(mode="json", by_alias=True))
     write_json(out / "chosen.json", {"rows": len(at), "counts": counted, "verdicts": [asdict(v) for v in verdicts]})
@@ -75,7 +84,7 @@ def choose_into(spec: Spec, home: Home, snapshot: Snapshot, as_of: int, out: Pat
         ("Counts", [(reason, f"{count:,}") for reason, count in counted.most_common()]),
         ("Verdicts", [("feature", "verdict", "why"), *((v.feature, v.reason, v.why) for v in verdicts)]),
     ])  # fmt: skip
-    return Note(f"{counted[KEPT]} of {len(verdicts)} proposed features kept, by {len(at):,} training rows")
+    return Note(f"{counted[KEPT]} of {len(verdicts)} proposed features kept, in {len(resolved.features.views)} views, by {len(at):,} training rows")
 
 
 def _frame(spec: Spec, home: Home, tables: Mapping[str, pa.Table], rows: Rows, at: np.ndarray, out: Path) -> Columns:
@@ -90,29 +99,37 @@ def _frame(spec: Spec, home: Home, tables: Mapping[str, pa.Table], rows: Rows, a
         shutil.rmtree(folder)
 
 
-def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray) -> list[Verdict]:
-    """A verdict for each feature of the proposal, by N training rows in the order of time. What was written stays."""
+def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t: np.ndarray) -> list[Verdict]:
+    """A verdict for each feature of the proposal, by N training rows in the order of t. What was written stays."""
     auto, written = spec.features.auto, set(proposal.written)
     assert auto is not None
     features = feature_list(proposal.spec)
-    found: dict[str, Verdict] = {f.name: Verdict(f.name, f.group, KEPT, "written in the spec") for f in features if f.name in written}
+    own = [f for f in features if f.name in written]
+    found: dict[str, Verdict] = {f.name: Verdict(f.name, f.group, KEPT, "written in the spec") for f in own}
     coded = {f.name: _coded(frame[f.name]) for f in features}
     alone = {name: alone_auc(values, label) for name, values in coded.items()}
 
     def drop(feature: Feature, reason: str, why: str) -> None:
         found[feature.name] = Verdict(feature.name, feature.group, reason, why, round(alone[feature.name], 4))
 
-    left = []
-    for feature in sorted(features, key=lambda f: (f.name not in written, _cost(proposal.spec, f), f.name)):
-        values, known = coded[feature.name], not is_missing(frame[feature.name]).all()
-        if feature.name in written:
+    step = -(-len(t) // SAMPLED)
+    values_of = {name: len(np.unique(values[::step])) for name, values in coded.items()}
+    moment, left = _ranks(t[::step]), []
+    for feature in sorted(features, key=lambda f: (f.name not in written, _cost(proposal.spec, f), -values_of[f.name], f.name)):
+        name, values = feature.name, coded[feature.name]
+        trend = abs(float(_ranks(values[::step]) @ moment))
+        if name in written:
             left.append(feature)
-        elif not known:
+        elif is_missing(frame[name]).all():
             drop(feature, "known only after", "no row has a value at its prediction time")
         elif (values == values[0]).all():
             drop(feature, "constant", "every row has the same value")
-        elif alone[feature.name] >= auto.too_good:
-            drop(feature, "too good", f"alone it has an AUC of {alone[feature.name]:.3f}: a leak is likelier than luck")
+        elif alone[name] >= auto.too_good:
+            drop(feature, "too good", f"alone it has an AUC of {alone[name]:.3f}: a leak is likelier than luck")
+        elif feature.kind == "category" and values_of[name] ** 2 > len(t):
+            drop(feature, "too many values", f"{values_of[name]:,} values in {len(t):,} rows; windows by it tell more")
+        elif feature.kind == "number" and trend >= TREND:
+            drop(feature, "follows time", f"rank correlation {trend:.3f} with time: it tells the date of a row")
         else:
             left.append(feature)
     for feature, other, likeness in duplicates(left, coded, auto.alike):
@@ -124,29 +141,26 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray) ->
     room = max(auto.keep - len(written), 0)
     for place, feature in enumerate(ranked):
         share = gain[feature.name]
-        if share <= noise:
-            reason, why = "weak", f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
-        elif place >= room:
-            reason, why = "over the limit", f"{share:.2%} of the gain of all splits, and {auto.keep} are kept (features.auto.keep)"
-        else:
-            reason, why = KEPT, f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
+        reason = "weak" if share <= noise else "over the limit" if place >= room else KEPT
+        why = f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
         found[feature.name] = Verdict(feature.name, feature.group, reason, why, round(alone[feature.name], 4), round(share, 6))
     return sorted(found.values(), key=lambda v: (not v.kept, -(v.gain or 0.0), v.feature))
 
 
-def _cost(spec: Spec, feature: Feature) -> tuple[int, int, int]:
-    """What a feature takes to serve: nothing but the row, a look at a newest fact, a window by a longer and longer key."""
+def _cost(spec: Spec, feature: Feature) -> tuple[int, int]:
+    """What a feature takes to serve, least first: the row alone, a newest fact, a window by a longer and longer key."""
     view = spec.features.views.get(feature.group)
     if view is None:
-        return (0 if feature.group == "row" else 1, 0, 0)
+        return (0 if feature.group == "row" else 1, 0)
     kind = 2 if isinstance(view.shape, Latest) else 4 if isinstance(view.shape, Chain) else 3
-    return (kind, len(view.shape.key), len(feature.name))
+    return (kind, len(view.shape.key))
 
 
 def _coded(values: np.ndarray) -> np.ndarray:
     """Numbers as they are, categories as codes by how often they occur; missing is below all (float64, N)."""
     if values.dtype == object:
-        words, inverse, counts = np.unique([f"={v}" if v is not None else "" for v in values], return_inverse=True, return_counts=True)
+        texts = np.array([f"={value}" if value is not None else "" for value in values])
+        words, inverse, counts = np.unique(texts, return_inverse=True, return_counts=True)
         place = np.empty(len(words))
         place[np.lexsort((words, -counts))] = np.arange(len(words))
         place[words == ""] = -1
@@ -195,7 +209,7 @@ def duplicates(
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks, ties shared, of mean 0 and length 1 (N); zeros where all values are one."""
-    words, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - counts / 2
     ranks = middle[inverse] - len(values) / 2
     length = float(np.sqrt((ranks**2).sum()))
