@@ -33,7 +33,7 @@ from pipelines.spec import Latest, Spec
 from pipelines.spec import Sequence as Chain
 
 LEARN = 0.75  # share of the rows, the older ones, from which the trees learn; the newer ones end that
-PROBES = 20  # columns of noise that a feature has to beat
+PROBES = 20  # columns of noise whose mean a feature has to beat
 SAMPLED = 20_000  # rows, at most, by which features are compared with one another
 TREND = 0.9  # rank correlation with time from which a feature tells when a row is, and nothing about later rows
 KEPT = "kept"
@@ -84,7 +84,8 @@ def choose_into(spec: Spec, home: Home, snapshot: Snapshot, as_of: int, out: Pat
         ("Counts", [(reason, f"{count:,}") for reason, count in counted.most_common()]),
         ("Verdicts", [("feature", "verdict", "why"), *((v.feature, v.reason, v.why) for v in verdicts)]),
     ])  # fmt: skip
-    return Note(f"{counted[KEPT]} of {len(verdicts)} proposed features kept, in {len(resolved.features.views)} views, by {len(at):,} training rows")
+    views = len(resolved.features.views)
+    return Note(f"{counted[KEPT]} of {len(verdicts)} proposed features kept, in {views} views, by {len(at):,} training rows")
 
 
 def _frame(spec: Spec, home: Home, tables: Mapping[str, pa.Table], rows: Rows, at: np.ndarray, out: Path) -> Columns:
@@ -217,7 +218,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.ndarray) -> tuple[dict[str, float], float]:
-    """Share of the gain of all splits by feature, and the largest share that a column of noise gets.
+    """Share of the gain of all splits by feature, and the share that a column of noise gets, the mean of PROBES.
 
     The trees learn from the older rows and stop where the newer ones no longer gain.
     """
@@ -228,4 +229,4 @@ def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.nda
     fitted = preprocess.fit(both, part == PARTS.index("train"), [*features, *probes])
     trees = fit_gbdt(spec.gbdt, fitted.transform(both), label, part, spec.seed)
     share = dict(zip((*fitted.numbers, *fitted.categories), importance(trees.text).tolist(), strict=True))
-    return share, max(share[p.name] for p in probes)
+    return share, float(np.mean([share[p.name] for p in probes]))
