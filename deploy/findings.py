@@ -11,6 +11,7 @@ from features.contract_page import ContractResult, from_json
 from features.frame import Feature, feature_list
 from features.preprocess import Preprocess
 from features.store import FeatureSet, first_needed
+from models.choose import KEPT, Verdict
 from models.evaluate import CHALLENGER, CHAMPION, PRIOR, Evaluation, Interval, SliceQuality
 from models.gbdt import importance
 from pipelines.errors import MillraceError
@@ -87,6 +88,15 @@ class Findings:
     weighed: str
     notes: tuple[str, ...]
     request: Mapping[str, Any] | None
+    chosen: tuple[Verdict, ...] = ()
+
+    @property
+    def verdicts(self) -> list[tuple[str, list[Verdict]]]:
+        """Features that were proposed, by what became of them: those that were kept first, then the largest group."""
+        found: dict[str, list[Verdict]] = {}
+        for verdict in self.chosen:
+            found.setdefault(verdict.reason, []).append(verdict)
+        return sorted(found.items(), key=lambda item: (item[0] != KEPT, -len(item[1]), item[0]))
 
     @property
     def generations(self) -> int:
@@ -118,6 +128,7 @@ def gather(spec: Spec, home: Home, run: Run, manifest: Mapping[str, Any]) -> Fin
         weights=_weights(at["train"], weighed, features), weighed=weighed,
         notes=tuple(map(str, read_json(notes)["notes"])) if notes.is_file() else (),
         request=_request(spec, home, run, manifest),
+        chosen=tuple(Verdict(**v) for v in _read(at, "autofe", "chosen.json").get("verdicts", ())),
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def write_record(
     inputs = read_json(folder / "inputs.json")
     del inputs["format_version"]
     costs = stage_costs(folder)
+    paths = {n: a.path for n, a in stages.items() if a is not None} | ({"autofe": run.chosen} if run.chosen else {})
     evaluation = read_json(at["evaluate"] / "evaluation.json")
     snapshot = read_snapshot(home, run.pipeline, run.snapshot)
     manifest = {
@@ -58,7 +59,7 @@ def write_record(
         "verdict": _without_format(read_json(at["evaluate"] / "verdict.json")),
         "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
         "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),
-        "stages": costs, "stage_paths": {n: a.path for n, a in stages.items() if a is not None},
+        "stages": costs, "stage_paths": paths,
         "snapshot_rows": snapshot.rows, "set_aside": snapshot.set_aside, "exact": True,
         "test_window_us": list(split_bounds(spec, run.as_of_us)[3][:2]) if spec.timed else None,
         "result_digest": digest_of(result), "result": result, "finished_wall_us": wall_us(),

@@ -18,8 +18,8 @@ from features.facts import Columns, floats, int_times
 from features.keys import filled, one_chunk
 from features.views import derive, feature_names
 from pipelines.clock import MISSING
-from pipelines.errors import UsageError
-from pipelines.spec import Calendar, Spec
+from pipelines.errors import UsageError, nearest
+from pipelines.spec import Calendar, Derived, Spec
 
 QUARTER, HOUR, DAY = 900_000_000, 3_600_000_000, 86_400_000_000
 
@@ -44,9 +44,17 @@ def feature_list(spec: Spec) -> tuple[Feature, ...]:
         found += [Feature(f"local_{part}", "number", "calendar") for part in spec.features.calendar.parts]
     for name, view in spec.features.views.items():
         found += [Feature(f, k, name) for f, k in feature_names(spec, name, view).items()]  # type: ignore[arg-type]
+    found += [Feature(name, "number", "derived") for name in spec.features.derived]
     for function in spec.features.functions:
         found += [Feature(f, "number", function.call.partition(":")[2]) for f in function.outputs]
-    return tuple(found)
+    if not spec.features.only:
+        return tuple(found)
+    known = [feature.name for feature in found]
+    for name in spec.features.only:
+        if name not in known:
+            raise UsageError(f"{spec.pipeline}: features.only {name!r} is not a feature{nearest(name, known)}")
+    only = frozenset(spec.features.only)
+    return tuple(feature for feature in found if feature.name in only)
 
 
 def own_columns(spec: Spec, table: pa.Table) -> Columns:
@@ -81,11 +89,27 @@ def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]],
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
     for name, view in spec.features.views.items():
         frame |= derive(spec, name, raw[name], t, own, null_keys(own, view.shape.key, len(t)))
+    frame |= derived_numbers(spec.features.derived, own)
     for function in spec.features.functions:
         inputs = {name: frame[name] if name in frame else own[name] for name in function.inputs}
         outputs = resolve(function.call)(inputs)
         frame |= {name: np.asarray(outputs[name], np.float64) for name in function.outputs}
     return {feature.name: frame[feature.name] for feature in feature_list(spec)}
+
+
+def derived_numbers(derived: Mapping[str, Derived], own: Columns) -> Columns:
+    """Minutes between timestamps of the row, and ratios of its numbers and of those minutes (N)."""
+    found: Columns = {}
+    for name, made in derived.items():
+        if made.minutes:
+            begin, end = (own[column] for column in made.minutes)
+            there = (begin != MISSING) & (end != MISSING)
+            found[name] = np.where(there, np.where(there, end, 0) - np.where(there, begin, 0), np.nan) / 60e6
+    for name, made in derived.items():
+        if made.ratio:
+            above, below = (found[column] if column in found else own[column] for column in made.ratio)
+            found[name] = np.divide(above, below, out=np.full(len(below), np.nan), where=below != 0)
+    return found
 
 
 def null_keys(own: Columns, key: Sequence[str], rows: int) -> np.ndarray:

@@ -59,33 +59,36 @@ def window_columns(shape: Window) -> tuple[str, ...]:
 
 def stored_views(spec: Spec) -> list[Stored]:
     """Every table that the features of a spec are kept in: one per view and window length."""
+    return [stored for name, view in spec.features.views.items() for stored in stored_of(spec, name, view)]
+
+
+def stored_of(spec: Spec, name: str, view: View) -> list[Stored]:
+    """The tables of one view."""
     found = []
-    for name, view in spec.features.views.items():
-        shape = view.shape
-        source = spec.sources[shape.source]
-        if isinstance(shape, Window):
-            for ahead, lengths in ((False, shape.last), (True, shape.next)):
-                for length in lengths:
-                    title = f"{name}_{'next_' if ahead else ''}{duration_text(length)}"
-                    found.append(Stored(title, name, "steps", shape.key, window_columns(shape), (), length, ahead))
-        elif isinstance(shape, Open):
-            for length in shape.last:
-                title = f"{name}_{duration_text(length)}"
-                found.append(Stored(title, name, "steps", shape.key, ("_due", "_open", "_over"), (), length))
-        elif isinstance(shape, Latest):
-            change = shape.change
-            both = dict.fromkeys((*shape.columns, *(change.columns if change else ())))
-            typed = tuple((held(c, shape.key), source.columns[c].type) for c in both)
-            found.append(Stored(name, name, "steps", shape.key, ("_event",), typed))
-            for ago in change.over if change else ():
-                assert change is not None
-                title = f"{name}_ago_{duration_text(ago)}"
-                some = tuple((held(c, shape.key), source.columns[c].type) for c in change.columns)
-                found.append(Stored(title, name, "ago", shape.key, ("_event",), some, ago))
-        else:
-            typed = tuple((held(c, shape.key), source.columns[c].type) for c in shape.columns)
-            typed += tuple((f"_{s}_{c}", "float64") for s, cs in shape.facts.items() for c in cs)
-            found.append(Stored(name, name, "sequence", shape.key, ("_order",), typed))
+    shape, source = view.shape, spec.sources[view.shape.source]
+    if isinstance(shape, Window):
+        for ahead, lengths in ((False, shape.last), (True, shape.next)):
+            for length in lengths:
+                title = f"{name}_{'next_' if ahead else ''}{duration_text(length)}"
+                found.append(Stored(title, name, "steps", shape.key, window_columns(shape), (), length, ahead))
+    elif isinstance(shape, Open):
+        for length in shape.last:
+            title = f"{name}_{duration_text(length)}"
+            found.append(Stored(title, name, "steps", shape.key, ("_due", "_open", "_over"), (), length))
+    elif isinstance(shape, Latest):
+        change = shape.change
+        both = dict.fromkeys((*shape.columns, *(change.columns if change else ())))
+        typed = tuple((held(c, shape.key), source.columns[c].type) for c in both)
+        found.append(Stored(name, name, "steps", shape.key, ("_event",), typed))
+        for ago in change.over if change else ():
+            assert change is not None
+            title = f"{name}_ago_{duration_text(ago)}"
+            some = tuple((held(c, shape.key), source.columns[c].type) for c in change.columns)
+            found.append(Stored(title, name, "ago", shape.key, ("_event",), some, ago))
+    else:
+        typed = tuple((held(c, shape.key), source.columns[c].type) for c in shape.columns)
+        typed += tuple((f"_{s}_{c}", "float64") for s, cs in shape.facts.items() for c in cs)
+        found.append(Stored(name, name, "sequence", shape.key, ("_order",), typed))
     return found
 
 
@@ -101,7 +104,7 @@ def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
     kinds = {"string": "category"}
     found: dict[str, str] = {}
     if isinstance(shape, Window):
-        for prefix in (s.name for s in stored_views(spec) if s.view == name):
+        for prefix in (stored.name for stored in stored_of(spec, name, view)):
             found |= {f"{prefix}__count": "number"} if shape.count else {}
             found |= {f"{prefix}__{c}_mean": "number" for c in shape.mean}
             found |= {f"{prefix}__{c}_std": "number" for c in shape.std}

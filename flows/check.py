@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from features.frame import feature_list, resolve
 from features.ingest import landed_files
 from features.landed import column_names
+from features.propose import propose
 from features.views import stored_views
 from pipelines.clock import duration_text
 from pipelines.errors import Refused, UsageError, nearest
@@ -29,9 +30,11 @@ class Checked:
 def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
     """Looks at the spec's functions, at the schema of one landed file per source, and at the disk. Reads no rows."""
     lines, problems = [f"{path.name}: {spec.title}"], []
-    kinds = [f.kind for f in feature_list(spec)]
+    explicit = propose(spec).spec if spec.features.auto else spec
+    kinds = [f.kind for f in feature_list(explicit)]
+    said = "auto: of these training rows keep some: " if spec.features.auto else ""
     lines.append(
-        f"features: {len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(spec))} stored views"
+        f"features: {said}{len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(explicit))} stored views"
     )
     lines.append(f"rows: {spec.rows.source} by {', '.join(spec.row_key)}" + _asked(spec))
     for function in spec.features.functions:

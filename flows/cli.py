@@ -127,8 +127,8 @@ def propose(pipeline: str, out: str | None, overrides: tuple[str, ...]) -> Answe
     """Rules for the spec's columns, from what landed: those that the spec does not state yet."""
     import yaml
 
+    from features.contract_propose import count_rules, propose
     from features.ingest import ingest
-    from features.propose import count_rules, propose
 
     home, spec = open_home(), load_spec(pipeline, overrides)
     sources = propose(spec, home, ingest(spec, home))

@@ -3,6 +3,7 @@
 from prefect import flow
 
 from deploy.record import Outcome
+from tasks.autofe import autofe
 from tasks.contract import contract
 from tasks.evaluate import evaluate
 from tasks.features import features
@@ -26,6 +27,8 @@ def retrain(pipeline: str, as_of: str | None = None, overrides: list[str] | None
     if run.unchanged:
         return unchanged(run)
     checked = contract(run)
+    if run.auto:
+        run = autofe(run, checked)
     store = features(run, checked)
     data = training_set(run, store)
     study = tune(run, data)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.clock import iso, wall_us
 from pipelines.home import Home
-from pipelines.manifest import digest_of, lock, read_json, write_json
+from pipelines.manifest import Artifact, digest_of, lock, read_json, write_json
 from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
@@ -23,7 +23,10 @@ def result_spec(spec: Spec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Pinned inputs of a run. Times are µs UTC; `parent` is the champion's release, or empty."""
+    """Pinned inputs of a run. Times are µs UTC; `parent` is the champion's release, or empty.
+
+    `auto`: its features are proposed and chosen; `chosen` is where that was done (home-relative), empty until then.
+    """
 
     pipeline: str
     run_id: str
@@ -34,8 +37,10 @@ class Run:
     anchor_wall_us: int
     spec_digest: str
     code: str
+    auto: bool = False
     unchanged: bool = False
     line: str = ""
+    chosen: str = ""
 
     def says(self, line: str) -> "Run":
         """The same run with a line about it."""
@@ -43,20 +48,34 @@ class Run:
 
     @property
     def page(self) -> str:
-        """Where the page about what arrived lies (home-relative)."""
-        return f"runs/{self.pipeline}/{self.run_id}/arrived.md"
+        """Where the page about what arrived, or about the features that were chosen, lies (home-relative)."""
+        return f"{self.chosen}/page.md" if self.chosen else f"runs/{self.pipeline}/{self.run_id}/arrived.md"
 
     def folder(self, home: Home) -> Path:
         return home.runs(self.pipeline) / self.run_id
 
     def spec(self, home: Home) -> Spec:
-        """The spec as it was when the run was pinned."""
-        body = read_json(self.folder(home) / "spec.json")
-        del body["format_version"]
-        return Spec.model_validate(body)
+        """The spec as it was when the run was pinned, with the features that were chosen since."""
+        return spec_from((home.root / self.chosen if self.chosen else self.folder(home)) / "spec.json")
+
+    def with_features(self, home: Home, chosen: Artifact) -> "Run":
+        """The same run, whose spec is from now on the one that an artifact holds."""
+        run = replace(self, chosen=chosen.path, line=chosen.line)
+        return replace(run, spec_digest=digest_of(result_spec(run.spec(home))))
 
 
-_PINS = {f.name for f in fields(Run)} - {"unchanged", "line"}
+def spec_from(path: Path) -> Spec:
+    """The spec that a stage wrote."""
+    body = read_json(path)
+    del body["format_version"]
+    return Spec.model_validate(body)
+
+
+_PINS = {f.name for f in fields(Run)} - {"unchanged", "line", "chosen"}
+
+
+def _pinned(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: body[name] for name in _PINS if name in body}
 
 
 def run_lock(home: Home, pipeline: str) -> AbstractContextManager[None]:
@@ -83,7 +102,7 @@ def unfinished(home: Home, pipeline: str) -> Run | None:
         return None
     newest = max(open_ones, key=lambda f: (f / "inputs.json").stat().st_mtime_ns)
     body = read_json(newest / "inputs.json")
-    return Run(**{f.name: body[f.name] for f in fields(Run) if f.name in _PINS})
+    return Run(**_pinned(body))
 
 
 def pin(
@@ -95,10 +114,11 @@ def pin(
     last = accepted(home, spec.pipeline)
     same = {"spec_digest": spec_digest, "as_of_us": as_of_us, "snapshot": snapshot, "code": code}
     if last and all(last["inputs"].get(k) == v for k, v in same.items()):
-        return Run(**{f.name: last["inputs"][f.name] for f in fields(Run) if f.name in _PINS}, unchanged=True)
+        return Run(**_pinned(last["inputs"]), unchanged=True)
     attempt = 1 + len(list(home.runs(spec.pipeline).glob(f"{base}-*")))
     run = Run(
-        spec.pipeline, f"{base}-{attempt}", as_of_us, snapshot, previous, parent, wall_us(), spec_digest, code
+        spec.pipeline, f"{base}-{attempt}", as_of_us, snapshot, previous, parent, wall_us(), spec_digest, code,
+        auto=spec.features.auto is not None,
     )
     write_json(run.folder(home) / "spec.json", spec.model_dump(mode="json", by_alias=True))
     body = {k: v for k, v in asdict(run).items() if k in _PINS}

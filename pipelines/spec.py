@@ -4,6 +4,7 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -304,13 +306,63 @@ class Function(Model):
     outputs: tuple[str, ...] = Field(description="float64 features that it returns")
 
 
-class Features(Model):
-    """Everything that the model sees, defined once for training and serving."""
+class Derived(Model):
+    """A number made of two others: exactly one of the shapes."""
 
+    minutes: tuple[str, str] | None = Field(None, description="[from, to]: two timestamp columns of the row")
+    ratio: tuple[str, str] | None = Field(
+        None, description="[a, b]: a / b of number columns of the row or minutes; missing where b is 0"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Derived":
+        if (self.minutes is None) == (self.ratio is None):
+            raise ValueError("give exactly one of minutes, ratio")
+        return self
+
+
+class Auto(Model):
+    """Features are proposed from the types and keys of the sources, and chosen on the training part alone."""
+
+    last: tuple[Duration, ...] = Field(
+        tuple(hours * 3_600_000_000 for hours in (1, 3, 8, 24, 7 * 24, 30 * 24)), min_length=1,
+        description="window lengths proposed, shortest first; of these a group gets those in which facts can be expected",
+    )  # fmt: skip
+    timezone: str = Field("UTC", description="IANA zone of the calendar features")
+    rows: int = Field(60_000, ge=100, description="newest training rows by which features are chosen")
+    keep: int = Field(150, ge=1, description="features kept at most, strongest first")
+    alike: float = Field(0.99, gt=0, le=1, description="rank correlation from which one of two features is dropped")
+    too_good: float = Field(0.98, gt=0.5, le=1, description="AUC of one feature alone from which it is taken for a leak")
+
+    @field_validator("last")
+    @classmethod
+    def _rising(cls, last: tuple[int, ...]) -> tuple[int, ...]:
+        if last[0] <= 0 or any(a >= b for a, b in pairwise(last)):
+            raise ValueError("window lengths are positive and rise: last: [1h, 3h, 1d]")
+        return last
+
+
+class Features(Model):
+    """Everything that the model sees, defined once for training and serving. `features: auto` means {auto: {}}."""
+
+    auto: Auto | None = Field(None, description="propose and choose features; what else is written here stays")
     row: tuple[str, ...] = Field((), description="columns of the row itself")
     calendar: Calendar | None = None
     views: dict[str, View] = Field({}, description="name → group of features")
+    derived: dict[str, Derived] = Field({}, description="name → a number made of two others")
     functions: tuple[Function, ...] = ()
+    only: tuple[str, ...] = Field((), description="of all these the features that the model sees; empty: all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_auto(cls, data: Any) -> Any:
+        return {"auto": {}} if data == "auto" else data
+
+    @model_validator(mode="after")
+    def _alone(self) -> "Features":
+        if self.auto and self.only:
+            raise ValueError("auto chooses itself: give either auto or only")
+        return self
 
 
 class TimeSplit(Model):
@@ -553,8 +605,8 @@ class _Check:
             for column in spec.rows.key:
                 self.column(spec.rows.source, column, "rows.key")
         self.column(spec.label.source, spec.label.column, "label.column")
-        if spec.label.source == spec.rows.source and spec.label.column in spec.features.row:
-            raise ValueError(f"features.row holds the label {spec.label.column!r}: the model would be told the answer")
+        for column in spec.features.row:
+            self.not_label(column, "features.row")
         if spec.timed:
             self.check_timed()
         else:
@@ -567,6 +619,7 @@ class _Check:
             self.check_view(f"features.views.{name}", view)
         if spec.features.calendar:
             self.column(spec.rows.source, spec.features.calendar.column, "features.calendar.column", "timestamp")
+        self.check_derived()
         for column in spec.serve.request:
             self.column(spec.rows.source, column, "serve.request")
 
@@ -639,6 +692,24 @@ class _Check:
                 raise ValueError(f"features.views.{name} needs a time, and this pipeline says time: none")
         if spec.split.by != "hash":
             raise ValueError("time: none splits by a hash of the key: give split.by: hash and four shares")
+
+    def check_derived(self) -> None:
+        derived = self.spec.features.derived
+        for name, made in derived.items():
+            where = f"features.derived.{name}"
+            if "__" in name or name in self.spec.row_source.columns:
+                raise ValueError(f"{where}: name it otherwise: not like a column of the row, and without __")
+            for column in made.minutes or ():
+                self.column(self.spec.rows.source, column, f"{where}.minutes", "timestamp")
+            for column in made.ratio or ():
+                if column not in derived or derived[column].minutes is None:
+                    self.column(self.spec.rows.source, column, f"{where}.ratio", "int64", "float64", "bool")
+                self.not_label(column, f"{where}.ratio")
+
+    def not_label(self, column: str, where: str) -> None:
+        label = self.spec.label
+        if (self.spec.rows.source, column) == (label.source, label.column):
+            raise ValueError(f"{where} holds the label {column!r}: the model would be told the answer")
 
     def check_view(self, where: str, view: View) -> None:
         shape = view.shape
@@ -778,6 +849,7 @@ def json_schema() -> dict[str, Any]:
     schema = Spec.model_json_schema(by_alias=True)
     needed = [name for name in schema.pop("required") if name != "pipeline"]  # the file's name
     schema["anyOf"] = [{"required": ["extends"]}, {"required": needed}]
+    schema["properties"]["features"] = {"anyOf": [{"const": "auto"}, {"$ref": "#/$defs/Features"}]}
     schema["properties"]["extends"] = {"type": "string", "description": "YAML file that this one changes"}
     columns = schema["$defs"]["Source"]["properties"]["columns"]
     columns["additionalProperties"] = {"anyOf": [{"enum": [*get_args(ColumnType)]}, columns["additionalProperties"]]}

@@ -181,7 +181,7 @@ class Oracle:
             features = getattr(self, f"{shape}_features")(name, body, version, t)
             unknown_group = any(version.get(column) is None for column in body.get("key", ()))
             found |= dict.fromkeys(features) if unknown_group else features
-        return found
+        return found | derived(settings.get("derived", {}), version)
 
     def group(self, view: Settings, version: Version, t: int) -> list[Fact]:
         """The live facts of a view's source that carry the row's values of the view's key."""
@@ -410,6 +410,20 @@ def std(values: list[Value], resolution: float) -> float | None:
     average = float(sum(scaled)) / float(len(scaled))
     average_square = float(sum(step * step for step in scaled)) / float(len(scaled))
     return math.sqrt(max(0.0, average_square - average * average)) * resolution
+
+
+def derived(settings: Settings, version: Version) -> Version:
+    """Minutes from one time of the row to another, and quotients of its numbers and of those minutes."""
+    found: Version = {}
+    for name, made in settings.items():
+        if made.get("minutes"):
+            begin, end = (version.get(column) for column in made["minutes"])
+            found[name] = None if begin is None or end is None else float(end - begin) / 60e6
+    for name, made in settings.items():
+        if made.get("ratio"):
+            above, below = (found[part] if part in found else version.get(part) for part in made["ratio"])
+            found[name] = None if above is None or not below else float(above) / float(below)
+    return found
 
 
 def calendar(settings: Settings, version: Version) -> Version:

@@ -180,6 +180,7 @@ def random_spec(dice: Dice, sources: dict[str, Settings]) -> Settings:
     picked = [*shapes, *(dice.one(shapes) for _ in range(dice.draw.randint(1, 4)))]
     features["views"] = {f"{make.__name__.removeprefix('random_')}{i}": make(dice, sources, same_key)
                          for i, make in enumerate(picked)}  # fmt: skip
+    features["derived"] = random_derived(random.Random(f"derived {dice.seed}"))
     return {
         "pipeline": "random",
         "title": "Will it?",
@@ -203,6 +204,15 @@ def random_condition(dice: Dice) -> Settings:
     if column == "b":
         return {"column": column, "eq": dice.chance(0.5)}
     return {"column": column, dice.one(("gt", "ge", "lt", "le", "eq")): dice.one((-1, 0, 0.5, 1, 2))}
+
+
+def random_derived(draw: random.Random) -> Settings:
+    """Minutes between times of the plan, and ratios that may need them."""
+    if draw.random() < 0.5:
+        return {}
+    numbers = ("x", "n", "b", "to_end")
+    ratios = {f"ratio{i}": {"ratio": [draw.choice(numbers), draw.choice(numbers)]} for i in range(draw.randint(0, 2))}
+    return {**ratios, "to_end": {"minutes": draw.sample(["due", "until"], 2)}}
 
 
 def random_calendar(dice: Dice) -> Settings:
