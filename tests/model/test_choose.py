@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from features.feed import feed
 from features.frame import feature_list
 from features.ingest import Snapshot, ingest
-from features.online import OnlineStore, feed, serve_features
+from features.online import OnlineStore, serve_features
 from features.rows import split_bounds
 from features.store import build_features, historical_features
 from models.choose import alone_auc, choose_into
