@@ -4,8 +4,8 @@ The flights of 2013, with departures and arrivals reported up to ten minutes lat
 later, one in ten without its tail number, and no weather from one airport. The clock runs fast: facts land and move the
 served store for two hours of it, then nothing arrives for more than an hour, while requests go on.
 
-Figures: `requests`, `clock_hours`, `clock_hours_without_events`, `feeds`, `cells`, `skewed_cells`, `late_cells`,
-`check_s`, `unknown_rows`; `window_cells_not_null` and, of these, `window_cells_changed` (other than an hour before, from the
+Figures: `requests`, `clock_hours`, `clock_hours_without_events`, `feeds`, `pushes`, `pushed_events`, `cells`, `skewed_cells`,
+`late_cells`, `check_s`, `unknown_rows`; `window_cells_not_null` and, of these, `window_cells_changed` (other than an hour before, from the
 same snapshot), both shares; `oracle_requests`, `oracle_differences`; `replayed_skewed_cells`: the same kind of log from a store
 that is fed by the code as it is; and `planted_found`: whether the check sees it when a mutant of the code feeds the store.
 
@@ -37,12 +37,14 @@ from deploy.process import call, free_port, start, stop
 from deploy.rollout import Release, bento_folder, feed_all, promote
 from deploy.skew import check_skew, choose, compare, requests
 from features import facts
+from features.cells import Event
 from features.facts import Columns, Versions, int_times
 from features.feed import feed
 from features.frame import as_array, feature_list, is_missing
 from features.ingest import Snapshot, ingest, read_snapshot, read_table
 from features.keys import codes_of, key_arrays, request_key, text_keys
 from features.online import OnlineStore, serve_features
+from features.push import Pusher, pushed_events, snapshot_with
 from features.skew import different, known_features
 from features.store import build_features, first_needed
 from features.trainset import build_training_set, load_training_set
@@ -61,8 +63,10 @@ MINUTE, HOUR = 60_000_000, 3_600_000_000
 BEGIN = parse_time("2013-12-30T14:00Z")  # 9 in the morning in New York
 EVENTS, QUIET = 2 * HOUR, 5 * HOUR // 4  # facts arrive, then none do
 MUTE = "JFK"  # the airport whose weather has expired
+STATES = 8  # of the store that are compared with the oracle
 FROZEN = "departures_origin"
-SMALL = ("split.train=10d", "split.valid_fit=3d", "split.valid_select=3d", "split.test=3d", "gbdt.max_rounds=20")
+SMALL = ("split.train=10d", "split.valid_fit=3d", "split.valid_select=3d", "split.test=3d", "gbdt.max_rounds=20",
+         *(f"sources.{name}.columns.tailnum={{type: string, nulls: 0.2}}" for name in ("schedule", "departures", "arrivals")))
 Row = dict[str, Any]
 
 
@@ -129,6 +133,8 @@ class World:
         self.landed = 0
         self.anchor = Anchor(BEGIN, wall_us())
         self.feeds: list[Row] = []
+        self.pushes: list[Row] = []
+        self.pushed = BEGIN
         self.land(BEGIN)
         self.release = self.make_release(ingest(self.spec, self.home))
 
@@ -173,18 +179,36 @@ class World:
         built = build_features(self.spec, self.home, snapshot, since=BEGIN - 2 * HOUR)
         if not feed_all(self.home, self.spec.pipeline, snapshot, anchor := Anchor(until, wall), built):
             raise SystemExit(f"the feed at {iso(until)} moved nothing")
-        self.anchor = anchor
+        self.anchor, self.pushed = anchor, until
         self.feeds.append({"what": "feed", "until": iso(until), "snapshot": snapshot.digest[:12],
                            "seconds": round(time.monotonic() - began, 2)})  # fmt: skip
+
+    def push(self, until: int) -> None:
+        """Pushes what became known since the last feed or push: it is served before it lands."""
+        began, events = time.monotonic(), []
+        for name, table in self.facts.items():
+            known = int_times(table["known_at"])
+            lo, hi = (int(np.searchsorted(known, at, "right")) for at in (self.pushed, until))
+            columns = self.spec.sources[name].columns
+            rows = pa.table({c: table[c].cast(pa.int64()) if kind.type == "timestamp" else table[c]
+                             for c, kind in columns.items()}).slice(lo, hi - lo).to_pylist()  # fmt: skip
+            events += [Event(f"{name}-{lo + i}", name, json.dumps(row), wall_us()) for i, row in enumerate(rows)]
+        receipt = Pusher(self.spec, self.home, self.home.online(self.spec.pipeline, self.release.defs_digest)).push(events, until)
+        self.pushed = until
+        self.pushes.append({"what": "push", "until": iso(until), "snapshot": "", "events": receipt.taken,
+                            "seconds": round(time.monotonic() - began, 2)})  # fmt: skip
 
     def now(self) -> int:
         return Clock("data", self.size.speed, 0, self.anchor).now_us()
 
     def keep_moving(self, failed: list[BaseException]) -> None:
-        """Feeds one after another until nothing arrives any more."""
+        """Feeds and pushes by turns until nothing arrives any more."""
         try:
             while (until := self.now()) < BEGIN + EVENTS:
                 self.move(until, wall_us())
+                for _ in range(2):
+                    time.sleep(self.size.seconds / 60)
+                    self.push(self.now())
         except BaseException as error:
             failed.append(error)
 
@@ -237,9 +261,14 @@ def live(world: World) -> int:
 # What the log shows
 
 
-def by_snapshot(log: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    for digest in log["snapshot"].unique().to_pylist():
-        yield digest, log.filter(pc.equal(log["snapshot"], digest)).combine_chunks()
+def by_state(world: World, log: pa.Table) -> Iterator[tuple[Snapshot, pa.Table]]:
+    """Answers by what the store held: a snapshot, and the events pushed since."""
+    spec, home = world.spec, world.home
+    events = pushed_events([home.online(spec.pipeline, world.release.defs_digest)])
+    for digest, number in sorted(set(zip(log["snapshot"].to_pylist(), log["pushed"].to_pylist(), strict=True))):
+        there = pc.and_(pc.equal(log["snapshot"], digest), pc.equal(log["pushed"], number))
+        held = [event for event in events if event.number <= number]
+        yield snapshot_with(spec, home, read_snapshot(home, spec.pipeline, digest), held), log.filter(there).combine_chunks()
 
 
 def served(spec: Spec, log: pa.Table) -> Columns:
@@ -250,8 +279,7 @@ def served(spec: Spec, log: pa.Table) -> Columns:
 def window_shares(world: World, log: pa.Table) -> dict[str, float]:
     """Share of window cells with a value, and of these that differ from an hour before, by the same snapshot."""
     names, there, moved = window_features(world.spec), [], []
-    for digest, part in by_snapshot(log):
-        snapshot = read_snapshot(world.home, world.spec.pipeline, digest)
+    for snapshot, part in by_state(world, log):
         before = known_features(world.spec, world.home, snapshot, requests(world.spec, part), int_times(part["clock"]) - HOUR)
         frame = served(world.spec, part)
         changed = different(frame, before.frame)
@@ -265,9 +293,11 @@ def window_shares(world: World, log: pa.Table) -> dict[str, float]:
 def oracle_differences(world: World, log: pa.Table) -> dict[str, int]:
     """Logged features of some requests against the oracle, row by row, over what their snapshot holds."""
     spec, wrong = world.spec, []
-    chosen = log.take(pa.array(np.linspace(0, log.num_rows - 1, world.size.oracle).astype(np.int64))).combine_chunks()
-    for digest, part in by_snapshot(chosen):
-        snapshot = read_snapshot(world.home, spec.pipeline, digest)
+    names = zip(log["snapshot"].to_pylist(), log["pushed"].to_pylist(), strict=True)
+    held = np.unique([f"{digest}{number}" for digest, number in names], return_inverse=True)[1]
+    few = np.flatnonzero(held % max(1, held.max() // STATES) == 0)  # an oracle for each state takes its time
+    chosen = log.take(pa.array(few[np.linspace(0, len(few) - 1, world.size.oracle).astype(np.int64)])).combine_chunks()
+    for snapshot, part in by_state(world, chosen):
         oracle = oracle_of(spec, {name: read_table(spec, world.home, snapshot, name) for name in spec.sources}, BEGIN)
         frame = served(spec, part)
         for i, (asked, t) in enumerate(zip(requests(spec, part), int_times(part["clock"]).tolist(), strict=True)):
@@ -403,10 +433,11 @@ def main() -> None:
         took = time.monotonic() - began
         log = choose(world.home, world.spec.pipeline, None, None, size.requests, None)
         clock = int_times(log["clock"])
-        fed = parse_time(world.feeds[-1]["until"])
+        fed = world.pushed
         figures = {
             "requests": found.answers, "clock_hours": round((int(clock[-1]) - int(clock[0])) / HOUR, 2),
             "clock_hours_without_events": round((int(clock[-1]) - fed) / HOUR, 2), "feeds": len(world.feeds),
+            "pushes": len(world.pushes), "pushed_events": sum(push["events"] for push in world.pushes),
             "cells": found.cells, "skewed_cells": found.skewed_cells, "late_cells": found.late_cells,
             "check_s": round(took, 1), "unknown_rows": unknown,
             **window_shares(world, log), **oracle_differences(world, log),
@@ -415,7 +446,7 @@ def main() -> None:
         figures |= {"replayed_skewed_cells": honest, "planted_found": seen}
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    report("skew", figures, [*world.feeds, *rows], told.json)
+    report("skew", figures, [*world.feeds, *world.pushes, *rows], told.json)
 
 
 if __name__ == "__main__":
