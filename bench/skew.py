@@ -5,9 +5,10 @@ later, one in ten without its tail number, and no weather from one airport. The 
 served store for two hours of it, then nothing arrives for more than an hour, while requests go on.
 
 Figures: `requests`, `clock_hours`, `clock_hours_without_events`, `feeds`, `pushes`, `pushed_events`, `cells`, `skewed_cells`,
-`late_cells`, `check_s`, `unknown_rows`; `window_cells_not_null` and, of these, `window_cells_changed` (other than an hour before, from the
-same snapshot), both shares; `oracle_requests`, `oracle_differences`; `replayed_skewed_cells`: the same kind of log from a store
-that is fed by the code as it is; and `planted_found`: whether the check sees it when a mutant of the code feeds the store.
+`late_cells`, `check_s`, `unknown_rows`; `window_cells_not_null` and, of these, `window_cells_changed` (other than an hour
+before, from the same facts), both shares; `oracle_requests`, `oracle_differences`; `replayed_skewed_cells`: the same kind of
+log from a store that is fed by the code as it is; and `planted_found`: whether the check sees it when a mutant of the code
+feeds the store.
 
 Run it from the checkout: the mutants and the oracle are those of the tests.
 """
