@@ -75,8 +75,9 @@ def _rows(drift: Drift, known: np.ndarray, new: np.ndarray, now: int, then: int)
     for one in judged[judged >= begin]:
         counts = so_far if one == now // DAY_US else whole
         usual = counts[past - begin + 1]
-        usual = np.quantile(np.log1p(usual), [0.05, 0.95])  # by factors; one storm does not make every day possible
-        low, high = np.expm1(_bounds(usual, 2 * drift.tolerance, 0.0))
+        least, most = np.quantile(np.log1p(usual), [0.05, 0.95])  # by factors; one storm does not make every day possible
+        slack = max(2 * drift.tolerance * (most - least), CHANCE / 2 / math.sqrt(max(1.0, usual.mean())))
+        low, high = np.expm1([least - slack, most + slack])
         until = f" until {iso(now)[11:16]}" if one == now // DAY_US else ""
         when = iso(int(one) * DAY_US)[:10] + until
         yield Judged("", "rows", float(counts[one - begin + 1]), max(0.0, float(low)), float(high), len(past), when)
