@@ -138,7 +138,8 @@ def rules(folder: Path, table: pa.Table, turns: int) -> tuple[dict[str, Any], li
     }
     figures = {
         "rows": table.num_rows, "expectations": result.expectations, "seconds": round(statistics.median(ours), 3),
-        "cpu_seconds": round(statistics.median(cpu), 3), "first_seconds": round(first, 3), "duckdb_seconds": round(statistics.median(theirs), 3),
+        "cpu_seconds": round(statistics.median(cpu), 3), "first_seconds": round(first, 3),
+        "duckdb_seconds": round(statistics.median(theirs), 3),
         "ratio_to_duckdb_sql": round(statistics.median(ours) / statistics.median(theirs), 1),
         "differing_counts": sum(counts[name] != count for name, count in found.items()), "compared_counts": len(found),
     }  # fmt: skip

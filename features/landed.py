@@ -196,11 +196,14 @@ def _csv_line(data: bytes, row: int) -> str:
     """`line 7`: where a row begins; a quoted cell may hold line breaks."""
     reader = csv.reader(io.StringIO(data.decode(), newline=""))
     begins, seen = 1, -1
-    for cells in reader:
-        seen += bool(cells)
-        if seen == row + 1:
-            break
-        begins = reader.line_num + 1
+    try:
+        for cells in reader:
+            seen += bool(cells)
+            if seen == row + 1:
+                break
+            begins = reader.line_num + 1
+    except csv.Error:  # a cell longer than that module reads
+        return f"row {row + 1}"
     return f"line {begins}"
 
 
