@@ -99,7 +99,7 @@ def _aside(spec: Spec, home: Home, snapshot: Snapshot) -> Iterator[Aside]:
         if file.exists():
             table = pq.read_table(file).slice(0, SAMPLES)
             broken = [c for _, columns, _ in reasons for c in columns.split(", ") if c in table.column_names]
-            columns = [*dict.fromkeys([*spec.sources[name].key, *broken, "_reasons", "_file", "_row"])]
+            columns = [*dict.fromkeys(["_reasons", *spec.sources[name].key, *broken, "_file", "_row"])]
             shown = [tuple(_show(row[c]) for c in columns) for row in _times_as_text(table.select(columns)).to_pylist()]
             aside = replace(aside, sample_columns=tuple(c.removeprefix("_") for c in columns), sample_rows=tuple(shown))
         yield aside

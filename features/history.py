@@ -2,7 +2,8 @@
 
 Past and new rows alone decide: the previous snapshot is pinned with the run, so a run made again judges the same. Each
 figure may lie beyond the extremes of the past days by `tolerance` times their distance, and by what chance does to so few rows;
-so bounds widen as the history does. Numbers of rows are compared by factors.
+so bounds widen as the history does. Numbers of rows are compared by factors, and
+with the 5 % and 95 % quantiles instead of the extremes.
 """
 
 import math
@@ -74,7 +75,9 @@ def _rows(drift: Drift, known: np.ndarray, new: np.ndarray, now: int, then: int)
     for one in judged[judged >= begin]:
         counts = so_far if one == now // DAY_US else whole
         usual = counts[past - begin + 1]
-        low, high = np.expm1(_bounds(np.log1p(usual), drift.tolerance, 0.0))  # rows vary by factors, and chance is in them
+        least, most = np.quantile(np.log1p(usual), [0.05, 0.95])  # by factors; one storm does not make every day possible
+        slack = max(2 * drift.tolerance * (most - least), CHANCE / 2 / math.sqrt(max(1.0, usual.mean())))
+        low, high = np.expm1([least - slack, most + slack])
         until = f" until {iso(now)[11:16]}" if one == now // DAY_US else ""
         when = iso(int(one) * DAY_US)[:10] + until
         yield Judged("", "rows", float(counts[one - begin + 1]), max(0.0, float(low)), float(high), len(past), when)

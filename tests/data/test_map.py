@@ -14,7 +14,9 @@ OPEN = README.partition("## Still open")[2]
 KINDS = (
     "empty landing", "a truncated Parquet file", "not Parquet at all", "a column missing", "a column renamed",
     "a column of another type", "two files disagreeing on types", "same key and known-at with different values",
-    "a landed file changed", "a landed file deleted", "naive timestamps",
+    "a bad cell in CSV or JSON lines", "a TFRecord that is corrupt or cut short", "garbage under any form's name",
+    "values that a narrower type would lose", "a column that files before had", "more bad rows than may be set aside",
+    "a delivery unlike the days before", "a landed file changed", "a landed file deleted", "naive timestamps",
     "known-at before event time in an observation", "a table with 0 rows", "all-null column", "label with one class",
     "NaN/inf in numbers", "non-UTF-8 strings", "unknown spec field (nearest name suggested)", "window with a bad unit",
     "split with an empty part", "unknown pipeline", "a home that is read-only", "a home that is full",

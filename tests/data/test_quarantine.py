@@ -219,6 +219,21 @@ def test_files_with_rows_set_aside_stay_append_only(home: Home) -> None:
         land(spec, home, {"trips": good()["trips"][:19]})
 
 
+def test_a_table_without_time_sets_rows_aside_too(home: Home) -> None:
+    columns = {"size": {"type": "float64", "min": 0}, "kind": "string"}
+    spec = spec_of(
+        {"cells": {"key": ["row_digest"], "columns": columns, "quarantine": 0.2}}, time="none",
+        rows={"from": "cells", "key": "row_digest"}, predict_at=None, label_delay=None,
+        label={"from": "cells", "column": "kind", "eq": "a"},
+        split={"by": "hash", "train": 0.7, "valid_fit": 0.1, "valid_select": 0.1, "test": 0.1},
+    )  # fmt: skip
+    rows = [{"size": -1.0 if i == 4 else float(i), "kind": "ab"[i % 2]} for i in range(9)]
+    snapshot = land(spec, home, {"cells": [*rows, rows[4], rows[0]]})
+    assert (snapshot.rows, snapshot.set_aside, snapshot.duplicates) == ({"cells": 8}, {"cells": 1}, {"cells": 2})
+    assert sorted(read_table(spec, home, snapshot, "cells")["size"].to_pylist()) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert check_contract(spec, home, snapshot).aside[0].reasons == (("range", "size", 1),)
+
+
 def test_no_half_written_file_is_left(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, tables = lenient(), good()
     put("trips", "late", NAN, 3)(tables)

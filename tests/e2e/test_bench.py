@@ -81,3 +81,14 @@ def test_windows(tmp_path: Path) -> None:
     figures = run("windows", tmp_path)["figures"]
     assert figures["bit_equal"] and figures["differing_cells"] == 0 and figures["cells"] > 100_000
     assert figures["speedup_vs_pandas"] > 0 and 0 < figures["incremental_day_ratio"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_contract(tmp_path: Path) -> None:
+    figures = run("contract", tmp_path)["figures"]
+    assert figures["expectations"] >= 30 and figures["seconds"] > 0 and figures["ratio_to_duckdb_sql"] > 0
+    assert figures["differing_counts"] == 0 and figures["compared_counts"] > 30
+    assert figures["quarantined"] == figures["planted"] == 150 and figures["quarantined_exact"]
+    assert set(figures["rows_per_s"]) == {"parquet", "csv", "jsonl", "tfrecord", "tfrecord.gz"}
+    assert figures["deliveries"] > 3 and figures["planted_drift_found"]["delays in seconds"] == 1
