@@ -135,7 +135,7 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t:
             left.append(feature)
     for feature, other, likeness in duplicates(left, coded, auto.alike):
         if feature.name not in written:
-            drop(feature, "duplicate", f"rank correlation {likeness:.3f} with {other.name}, which is simpler")
+            drop(feature, "duplicate", f"rank correlation {likeness:.3f} with {other.name}, which stays")
     left = [f for f in left if f.name not in found or f.name in written]
     gain, noise = gains(spec, left, frame, label)
     ranked = sorted((f for f in left if f.name not in written), key=lambda f: (-gain[f.name], f.name))
@@ -169,8 +169,9 @@ def _coded(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), -np.inf, values)
 
 
-def alone_auc(values: np.ndarray, label: np.ndarray, *, bins: int = 64) -> float:
+def alone_auc(values: np.ndarray, label: np.ndarray) -> float:
     """AUC of one feature alone, whatever its shape: the mean label of its bins on every other row, judged on the rest."""
+    bins = min(max(len(label) // 50, 4), 64)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="nearest"))
     place = np.searchsorted(edges, values, side="left") * 2 + np.isin(values, edges)  # an edge is a bin of its own
     learned, judged = slice(0, None, 2), slice(1, None, 2)

@@ -81,3 +81,13 @@ def test_windows(tmp_path: Path) -> None:
     figures = run("windows", tmp_path)["figures"]
     assert figures["bit_equal"] and figures["differing_cells"] == 0 and figures["cells"] > 100_000
     assert figures["speedup_vs_pandas"] > 0 and 0 < figures["incremental_day_ratio"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_autofe(tmp_path: Path) -> None:
+    figures = run("autofe", tmp_path)["figures"]
+    low, high = figures["auc_gain_vs_raw_interval"]
+    assert 0 < low < figures["auc_gain_vs_raw"] < high and 0 < figures["seconds"] <= 120
+    assert figures["kept"] + sum(figures["dropped"].values()) == figures["proposed"] > 100
+    assert figures["auc_gap_to_handmade"] < 0.02
