@@ -33,6 +33,7 @@ from pipelines.spec import Latest, Spec
 from pipelines.spec import Sequence as Chain
 
 LEARN = 0.75  # share of the rows, the older ones, from which the trees learn; the newer ones end that
+LEARNING = {"learning_rate": 0.1, "max_rounds": 100}  # a ranking needs fewer trees than a model
 PROBES = 20  # columns of noise whose mean a feature has to beat
 SAMPLED = 20_000  # rows, at most, by which features are compared with one another
 TREND = 0.9  # rank correlation with time from which a feature tells when a row is, and nothing about later rows
@@ -228,6 +229,6 @@ def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.nda
     both = {f.name: frame[f.name] for f in features} | {p.name: rng.normal(size=len(label)) for p in probes}
     part = np.where(np.arange(len(label)) < LEARN * len(label), PARTS.index("train"), PARTS.index("valid_fit"))
     fitted = preprocess.fit(both, part == PARTS.index("train"), [*features, *probes])
-    trees = fit_gbdt(spec.gbdt, fitted.transform(both), label, part, spec.seed)
+    trees = fit_gbdt(spec.gbdt.model_copy(update=LEARNING), fitted.transform(both), label, part, spec.seed)
     share = dict(zip((*fitted.numbers, *fitted.categories), importance(trees.text).tolist(), strict=True))
     return share, float(np.mean([share[p.name] for p in probes]))
