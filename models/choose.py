@@ -33,6 +33,7 @@ from pipelines.spec import Latest, Spec
 from pipelines.spec import Sequence as Chain
 
 LEARN = 0.75  # share of the rows, the older ones, from which the trees learn; the newer ones end that
+LEARNING = {"learning_rate": 0.1, "max_rounds": 100}  # a ranking needs fewer trees than a model
 PROBES = 20  # columns of noise whose mean a feature has to beat
 SAMPLED = 20_000  # rows, at most, by which features are compared with one another
 TREND = 0.9  # rank correlation with time from which a feature tells when a row is, and nothing about later rows
@@ -135,7 +136,7 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t:
             left.append(feature)
     for feature, other, likeness in duplicates(left, coded, auto.alike):
         if feature.name not in written:
-            drop(feature, "duplicate", f"rank correlation {likeness:.3f} with {other.name}, which is simpler")
+            drop(feature, "duplicate", f"rank correlation {likeness:.3f} with {other.name}, which stays")
     left = [f for f in left if f.name not in found or f.name in written]
     gain, noise = gains(spec, left, frame, label)
     ranked = sorted((f for f in left if f.name not in written), key=lambda f: (-gain[f.name], f.name))
@@ -169,8 +170,9 @@ def _coded(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), -np.inf, values)
 
 
-def alone_auc(values: np.ndarray, label: np.ndarray, *, bins: int = 64) -> float:
+def alone_auc(values: np.ndarray, label: np.ndarray) -> float:
     """AUC of one feature alone, whatever its shape: the mean label of its bins on every other row, judged on the rest."""
+    bins = min(max(len(label) // 50, 4), 64)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="nearest"))
     place = np.searchsorted(edges, values, side="left") * 2 + np.isin(values, edges)  # an edge is a bin of its own
     learned, judged = slice(0, None, 2), slice(1, None, 2)
@@ -227,6 +229,6 @@ def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.nda
     both = {f.name: frame[f.name] for f in features} | {p.name: rng.normal(size=len(label)) for p in probes}
     part = np.where(np.arange(len(label)) < LEARN * len(label), PARTS.index("train"), PARTS.index("valid_fit"))
     fitted = preprocess.fit(both, part == PARTS.index("train"), [*features, *probes])
-    trees = fit_gbdt(spec.gbdt, fitted.transform(both), label, part, spec.seed)
+    trees = fit_gbdt(spec.gbdt.model_copy(update=LEARNING), fitted.transform(both), label, part, spec.seed)
     share = dict(zip((*fitted.numbers, *fitted.categories), importance(trees.text).tolist(), strict=True))
     return share, float(np.mean([share[p.name] for p in probes]))

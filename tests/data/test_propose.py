@@ -1,14 +1,17 @@
 """What `features: auto` proposes: a valid spec for any pipeline, none of the row's own outcome, and features like others."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from features.frame import feature_list
+from features.ingest import ingest, read_table
 from features.propose import chosen, propose, thin, with_features
 from features.views import stored_views
 from pipelines.errors import UsageError
+from pipelines.home import open_home
 from pipelines.spec import Spec, load_spec
 from tests.agreement import World, features_at, frame_differences, make_world, same_frames, serve_world
 from tests.oracle import Oracle
@@ -70,13 +73,18 @@ def test_what_is_written_stays_and_is_not_proposed_again() -> None:
     assert names.count("origin") == 1 and "carrier" in names and "arrivals_by_dest_1h__positive_share" in names
 
 
-def test_a_group_that_names_what_a_smaller_one_names_goes_and_so_does_a_window_without_facts(tmp_path: Path) -> None:
-    world = make_world(2001, tmp_path)
-    proposal = thin(propose(auto(world.case.spec)), world.tables)
-    assert {drop.reason for drop in proposal.dropped} >= {"known only after", "too sparse"}
-    gone = {feature for drop in proposal.dropped for feature in drop.features}
-    assert gone.isdisjoint(feature.name for feature in feature_list(proposal.spec))
-    assert all(drop.why and drop.features for drop in proposal.dropped if drop.reason != "known only after")
+def test_windows_without_facts_and_groups_that_name_what_a_smaller_one_names_go(flights_landing: Path, tmp_path: Path) -> None:
+    home, spec = open_home(tmp_path), load_spec("flights", ["features=auto"])
+    shutil.copytree(flights_landing, home.landing("flights"))
+    snapshot = ingest(spec, home)
+    proposal = thin(propose(spec), {name: read_table(spec, home, snapshot, name) for name in spec.sources})
+    gone = {feature: drop for drop in proposal.dropped for feature in drop.features}
+    assert gone["arrivals.arr_delay"].reason == gone["departures.dep_delay"].reason == "known only after"
+    assert gone["arrivals_by_flight_1h__count"].reason == "too sparse"
+    assert gone["arrivals_by_carrier_tailnum_7d__count"].why == "carrier, tailnum names the same groups as tailnum"
+    assert gone["schedule_by_origin_before__gap_min"].reason == "too dense"
+    stays = {feature.name for feature in feature_list(proposal.spec)}
+    assert stays.isdisjoint(gone) and {"arrivals_by_flight_30d__count", "schedule_by_tailnum_before__gap_min"} <= stays
 
 
 def test_auto_and_only_exclude_each_other() -> None:

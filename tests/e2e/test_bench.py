@@ -92,3 +92,21 @@ def test_contract(tmp_path: Path) -> None:
     assert figures["quarantined"] == figures["planted"] == 150 and figures["quarantined_exact"]
     assert set(figures["rows_per_s"]) == {"parquet", "csv", "jsonl", "tfrecord", "tfrecord.gz"}
     assert figures["deliveries"] > 3 and figures["planted_drift_found"]["delays in seconds"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_autofe(tmp_path: Path) -> None:
+    figures = run("autofe", tmp_path)["figures"]
+    low, high = figures["auc_gain_vs_raw_interval"]
+    assert 0 < low < figures["auc_gain_vs_raw"] < high and figures["seconds"] > 0
+    assert figures["kept"] + sum(figures["dropped"].values()) == figures["proposed"] > 100
+    assert figures["auc_gap_to_handmade"] < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_push(tmp_path: Path) -> None:
+    figures = run("push", tmp_path)["figures"]
+    assert figures["sent"] == 2_000 and figures["counted_once"]
+    assert 0 < figures["latency_p50_s"] <= figures["latency_p99_s"] <= figures["latency_max_s"] and figures["events_per_s"] > 0

@@ -148,7 +148,8 @@ def test_where_nothing_tells_the_label_it_is_said(chosen: Chosen) -> None:
     """No split is possible with such leaves."""
     leaves = chosen.asked.gbdt.model_copy(update={"min_data_in_leaf": 100_000})
     spec = chosen.asked.model_copy(update={"gbdt": leaves})
-    with pytest.raises(Refused, match=r"none of \d+ proposed features tells the label better than noise does \(480 training"):
+    told = r"none of \d+ proposed features tells the label better than noise does \(480 training rows"
+    with pytest.raises(Refused, match=told):
         choose_into(spec, chosen.home, chosen.snapshot, chosen.snapshot.watermark_us, chosen.home.root)
 
 

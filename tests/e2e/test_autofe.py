@@ -1,0 +1,48 @@
+"""`features: auto` from landed files to a served model: what was chosen is what is pinned, packed, reported and repeated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.rollout import bento_spec, champion
+from features.frame import feature_list
+from models.choose import KEPT
+from pipelines.home import open_home
+from pipelines.manifest import read_json
+from pipelines.run import spec_from
+from pipelines.spec import Spec
+from tests.command import QUICK, millrace
+
+AUTO = (*QUICK, "features=auto")
+
+
+def test_check_says_what_would_be_proposed(tmp_path: Path) -> None:
+    done = millrace(tmp_path, "check", "flights_demo", sets=("features=auto",))
+    assert "features: auto: of these training rows keep some: " in done.out
+
+
+@pytest.mark.slow
+def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(tmp_path: Path) -> None:
+    millrace(tmp_path, "sample", "tumours")
+    first = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
+    assert first.code == 0 and first.answer["outcome"] == "promoted", first.err
+    home = open_home(tmp_path)
+    folder = home.runs("tumours") / first.answer["run_id"]
+    manifest = read_json(folder / "manifest.json")
+    chosen = home.root / manifest["stage_paths"]["autofe"]
+    verdicts = read_json(chosen / "chosen.json")["verdicts"]
+    kept = {v["feature"] for v in verdicts if v["reason"] == KEPT}
+    assert 0 < len(kept) < len(verdicts) and "autofe" in [stage["stage"] for stage in manifest["stages"]]
+
+    spec = spec_from(chosen / "spec.json")
+    release = champion(home, "tumours")
+    assert release is not None and {f.name for f in feature_list(spec)} == kept
+    assert bento_spec(home, release) == spec and spec.features.auto is None
+    assert Spec.model_validate(json.loads((folder / "spec.json").read_text()) | {"format_version": 1}).features.auto is not None
+    assert manifest["result"]["spec"]["features"]["only"] == [*spec.features.only] and manifest["preflight"]["passed"]
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert 'id="proposed"' in report and all(f"<code>{v['feature']}</code>" in report for v in verdicts)
+
+    again = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
+    assert again.answer["outcome"] == "unchanged" and again.answer["result_digest"] == first.answer["result_digest"]
