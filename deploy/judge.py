@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from deploy.rollout import Release, bento_spec, find_release
 from features.facts import Columns
+from features.frame import arrow_columns
 from features.ingest import read_snapshot
 from features.rows import PARTS, hash_parts
 from features.store import build_features, historical_features
@@ -112,10 +113,9 @@ def champion_scores(home: Home, run: Run, champion: Release, rows: pa.Table, t: 
 def answer(home: Home, release: Release, frame: Columns) -> np.ndarray:
     """Answers of a release's bento to a frame, in a process of the bento's own code (N)."""
     src = home.root / release.bento / "src"
-    columns = {n: pa.array(v, pa.string() if v.dtype == object else pa.float64()) for n, v in frame.items()}
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "frame.parquet", Path(folder) / "scores.parquet"
-        pq.write_table(pa.table(columns), asked)
+        pq.write_table(pa.table(arrow_columns(frame)), asked)
         env = {**os.environ, **process_env(home), "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "deploy.answer", str(asked), str(answered)]
         done = subprocess.run(command, cwd=src, env=env, capture_output=True, text=True, timeout=600)

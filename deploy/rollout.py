@@ -186,12 +186,17 @@ def _feed_whole(facts: Delivery, store: Path | str, anchor: Anchor, built: Featu
 
 def take_in(spec: Spec, home: Home) -> Snapshot:
     """The snapshot of everything landed, with what was pushed into the served stores. Raises Refused as `ingest` does."""
+    land_events(spec, home)
+    return ingest(spec, home)
+
+
+def land_events(spec: Spec, home: Home) -> None:
+    """Lands what was pushed into the served stores; of one that is down, when it is back."""
     stores = [store for _, _, store in served_stores(home, spec.pipeline, spec.serve.store)]
     try:
         land_pushed(spec, home, pushed_events(stores))
-    except StoreDown as down:  # its events land when it is back
+    except StoreDown as down:
         log.warning("%s", down)
-    return ingest(spec, home)
 
 
 def feed_elsewhere(home: Home, pipeline: str, at: str) -> list[str]:

@@ -75,6 +75,11 @@ def as_array(column: pa.Array | pa.ChunkedArray, declared: str) -> np.ndarray:
     return int_times(column) if declared == "timestamp" else floats(column)
 
 
+def arrow_columns(frame: Columns) -> dict[str, pa.Array]:
+    """The columns of a frame as Parquet holds them: text or float64."""
+    return {name: pa.array(v, pa.string() if v.dtype == object else pa.float64()) for name, v in frame.items()}
+
+
 def is_missing(values: np.ndarray) -> np.ndarray:
     """Where a column of the frame is missing (bool, N)."""
     if values.dtype == object:

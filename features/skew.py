@@ -15,11 +15,10 @@ from features.frame import is_missing
 from features.ingest import ARROW, Snapshot, read_table
 from features.keys import codes_of, grouped, key_arrays, request_key, text_keys
 from features.steps import as_of, order_of, starts
-from features.store import build_features, defs_digest, historical_features
+from features.store import features_from, historical_features
 from features.views import RECENT
-from pipelines.clock import DAY_US, MISSING
+from pipelines.clock import MISSING
 from pipelines.home import Home
-from pipelines.manifest import read_json
 from pipelines.spec import Spec
 
 Asked = Sequence[Mapping[str, object]]  # requests as parsed: timestamps are int µs
@@ -39,7 +38,7 @@ def known_features(spec: Spec, home: Home, snapshot: Snapshot, asked: Asked, t: 
     Raises MillraceError or Refused where the snapshot's facts cannot be read or joined.
     """
     rows = asked_rows(spec, read_table(spec, home, snapshot, spec.rows.source), asked, t)
-    built = build_features(spec, home, snapshot, since=_since(spec, home, snapshot, int(t.min())))
+    built = features_from(spec, home, snapshot, int(t.min()))
     kept = np.ones(len(t), bool)
     if spec.predict_at is not None:
         due = int_times(rows[spec.predict_at.column])
@@ -66,14 +65,6 @@ def asked_rows(spec: Spec, table: pa.Table, asked: Asked, t: np.ndarray) -> pa.T
 
 def _given(kind: str, values: list[object]) -> pa.Array:
     return pa.array(values, pa.int64() if kind == "timestamp" else ARROW[kind]).cast(ARROW[kind])
-
-
-def _since(spec: Spec, home: Home, snapshot: Snapshot, t: int) -> int:
-    """From when on features are needed to be right at t: as a folder of this snapshot already is, or t's own day."""
-    folders = home.features(spec.pipeline, defs_digest(spec), snapshot.digest).parent
-    done = [read_json(path) for path in folders.glob("*/done.json")]
-    made = [body["since_us"] for body in done if body["snapshot"] == snapshot.digest and body["since_us"] <= t]
-    return max(made, default=t - t % DAY_US)
 
 
 def different(one: Columns, other: Columns) -> Columns:

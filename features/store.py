@@ -27,7 +27,7 @@ from features.rows import online_rows
 from features.steps import TIME
 from features.views import absent, stored_views
 from features.windows import build_views
-from pipelines.clock import MISSING
+from pipelines.clock import DAY_US, MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
@@ -107,6 +107,14 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return _feature_set(home, folder, done)
+
+
+def features_from(spec: Spec, home: Home, snapshot: Snapshot, t: int) -> FeatureSet:
+    """Features of a snapshot that are right from t (µs) on: a folder that is there, or one that begins with t's day."""
+    folders = home.features(spec.pipeline, defs_digest(spec), snapshot.digest).parent
+    done = [read_json(path) for path in folders.glob("*/done.json")]
+    made = [body["since_us"] for body in done if body["snapshot"] == snapshot.digest and body["since_us"] <= t]
+    return build_features(spec, home, snapshot, since=max(made, default=t - t % DAY_US))
 
 
 def write_views(spec: Spec, tables: Mapping[str, pa.Table], folder: Path, since: int = MISSING) -> int:

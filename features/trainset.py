@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from features import preprocess
 from features.facts import Columns
-from features.frame import as_array, feature_list, local_parts, own_columns
+from features.frame import arrow_columns, as_array, feature_list, local_parts, own_columns
 from features.ingest import Snapshot, read_table
 from features.preprocess import Batch, Preprocess
 from features.rows import PARTS, Rows, prediction_rows
@@ -49,10 +49,7 @@ def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: Fea
     frame = historical_features(spec, home, features, table, t)
     fitted = preprocess.fit(frame, rows.part[kept] == 0, feature_list(spec))
     fitted.save(out / "preprocess.json")
-    columns: dict[str, pa.Array] = {
-        name: pa.array(values, pa.string() if values.dtype == object else pa.float64())
-        for name, values in frame.items()
-    }
+    columns = arrow_columns(frame)
     columns |= {"_label": pa.array(rows.label[kept]), "_part": pa.array(rows.part[kept]), "_t": pa.array(t),
                 "_key": rows.key.take(pa.array(kept))}  # fmt: skip
     columns |= {f"_slice_{name}": pa.array(v, pa.string()) for name, v in _slices(spec, table).items()}

@@ -185,6 +185,28 @@ def _retrain(home: Home, spec: Spec, pipeline: str, as_of: str | None, overrides
 
 @_verb
 @_pipeline
+@click.option("--from", "begin", required=True, callback=_time, help="Rows asked about from this time on.")
+@click.option("--to", "end", required=True, callback=_time, help="Rows asked about before this time.")
+@click.option("--as-of", callback=_time, help="With what was known at this time; default: the newest known-at.")
+@_set
+def backfill(pipeline: str, begin: str, end: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
+    """Features and labels of a range of the past, as they were known at a time; goes on where it was killed."""
+    from features.backfill import pin_backfill
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    _prepared(home)
+    with run_lock(home, spec.pipeline):  # what is wrong with the range is said at once, before anything heavy starts
+        pin_backfill(spec, home, parse_time(begin), parse_time(end), None if as_of is None else parse_time(as_of))
+    from flows.inprocess import run_story
+
+    again = f"millrace backfill {pipeline} --from {begin} --to {end}" + (f" --as-of {as_of}" if as_of else "")
+    found = run_story(home, "backfill", pipeline, begin, end, as_of, list(overrides), again=again)
+    lines = [found.line, f"rows: {home.root / found.path}", f"Feast repository: {home.root / found.features}"]
+    return {"text": "\n".join(lines), **asdict(found), "path": str(home.root / found.path)}
+
+
+@_verb
+@_pipeline
 @click.option("--port", type=int, help="Port; default: serve.port of the spec.")
 @click.option("--background", is_flag=True, help="Return when it is ready, and leave it running.")
 @_set

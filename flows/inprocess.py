@@ -18,25 +18,30 @@ from pipelines.home import Home, free_mb
 from pipelines.manifest import write_atomic
 
 LEAST_MB = 100
-HEAVY = ("features.quick_feast", "great_expectations", "flows.retrain")  # seconds to import, while the server starts beside
+HEAVY = ("features.quick_feast", "great_expectations")  # seconds to import, while the server starts beside
 
 
 def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str]) -> Outcome:
     """The outcome of one `retrain`. A refusal is raised as it was inside."""
+    found: Outcome = run_story(home, "retrain", pipeline, as_of, overrides, again=f"millrace run {pipeline}")
+    return found
+
+
+def run_story(home: Home, name: str, pipeline: str, *arguments: Any, again: str) -> Any:
+    """What the flow of this name in `flows/` returned. A refusal is raised as it was inside; `again`: the command to repeat."""
     if (free := free_mb(home)) < LEAST_MB:
         raise MillraceError(
             f"home {home.root}: {free} MB free, a run needs at least {LEAST_MB} MB; free space there, or point "
             "MILLRACE_HOME at another folder"
         )
     with recorded(home) as server:
-        for module in HEAVY:
+        for module in (*HEAVY, f"flows.{name}"):
             importlib.import_module(module)
         quiet()
         wait_for_server(server)
-        from flows.retrain import retrain
-
+        story = getattr(importlib.import_module(f"flows.{name}"), name)
         try:
-            state: Any = retrain(pipeline, as_of, overrides, return_state=True)
+            state: Any = story(pipeline, *arguments, return_state=True)
             result = state.result(raise_on_failure=False)
             _settle(f"{server.url}/api", str(state.state_details.flow_run_id))
         except Exception as error:  # Prefect's own: it gave up on its server
@@ -44,11 +49,11 @@ def run_flow(home: Home, pipeline: str, as_of: str | None, overrides: list[str])
         if isinstance(result, Exception) and not isinstance(result, MillraceError) and not server.alive():
             raise MillraceError(
                 f"the Prefect server on port {server.port} ended while the run was going on (log: {server.log}); "
-                f"`millrace run {pipeline}` starts it anew and goes on where this run stopped"
+                f"`{again}` starts it anew and goes on where this run stopped"
             )
     if isinstance(result, BaseException):
-        raise result if isinstance(result, MillraceError) else _told(home, pipeline, result) from None
-    if not isinstance(result, Outcome):
+        raise result if isinstance(result, MillraceError) else _told(home, pipeline, result, again) from None
+    if state.name not in ("Completed", "Refused"):
         raise MillraceError(f"the flow ended {state.name}: {state.message}")
     return result
 
@@ -69,7 +74,7 @@ def _settle(api: str, flow_run: str, *, wait_s: float = 10) -> None:
         time.sleep(0.2)
 
 
-def _told(home: Home, pipeline: str, error: BaseException) -> MillraceError:
+def _told(home: Home, pipeline: str, error: BaseException, again: str) -> MillraceError:
     """One sentence about an unexpected error; the traceback goes to a file of the home."""
     path = home.root / "errors" / f"{pipeline.replace('/', '_')}.txt"
     where = f"traceback in {path}"
@@ -79,7 +84,7 @@ def _told(home: Home, pipeline: str, error: BaseException) -> MillraceError:
         where = f"{path} could not be written: {full.strerror}"
     return MillraceError(
         f"{type(error).__name__}: {str(error)[:300]} ({where}); nothing is half-published, and "
-        f"`millrace run {pipeline}` goes on where this run stopped"
+        f"`{again}` goes on where this run stopped"
     )
 
 

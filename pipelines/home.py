@@ -36,6 +36,9 @@ class Home:
     def runs(self, pipeline: str) -> Path:
         return self.root / "runs" / pipeline
 
+    def backfills(self, pipeline: str) -> Path:
+        return self.root / "backfills" / pipeline
+
     def releases(self, pipeline: str) -> Path:
         return self.root / "releases" / pipeline
 

@@ -69,24 +69,41 @@ def stage(
     return decorate
 
 
-def refusals(story: Callable[P, Outcome]) -> Callable[P, Any]:
-    """Ends a flow in a state named Refused: Failed where a contract said no, Completed where a gate did."""
+def alone(story: Callable[P, R]) -> Callable[P, Any]:
+    """Keeps other runs of the pipeline out while a flow works; where a contract says no, it ends Failed, named Refused."""
 
     @wraps(story)
     def told(*args: P.args, **kwargs: P.kwargs) -> Any:
-        home = open_home()
-        name = load_spec(str(next(iter((*args, *kwargs.values()))))).pipeline
         try:
-            with run_lock(home, name):
-                outcome = story(*args, **kwargs)
+            with run_lock(open_home(), _pipeline(*args, **kwargs)):
+                return story(*args, **kwargs)
         except Refused as refusal:
-            run = unfinished(home, name)
+            return Failed(name="Refused", message=str(refusal), data=refusal)
+
+    return told
+
+
+def refusals(story: Callable[P, Outcome]) -> Callable[P, Any]:
+    """`alone`, and a record of what is refused: Failed where a contract said no, Completed where a gate did."""
+
+    @alone
+    @wraps(story)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Any:
+        try:
+            outcome = story(*args, **kwargs)
+        except Refused as refusal:
+            run = unfinished(home := open_home(), _pipeline(*args, **kwargs))
             if run is not None:
                 write_refusal(home, run, str(refusal), refusal.report)
-            return Failed(name="Refused", message=str(refusal), data=refusal)
+            raise
         return Completed(name="Refused", data=outcome) if outcome.outcome == "refused" else outcome
 
     return told
+
+
+def _pipeline(*args: Any, **kwargs: Any) -> str:
+    """The pipeline that a flow's first argument names."""
+    return load_spec(str(next(iter((*args, *kwargs.values()))))).pipeline
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
