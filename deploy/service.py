@@ -80,23 +80,25 @@ class Endpoint:
         now = served.now
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        scores = self.model.predict(self.preprocess.transform(served.frame))
+        batch = self.preprocess.transform(served.frame)
+        scores, unseen = self.model.predict(batch), self.preprocess.unseen(served.frame, batch)
         stale_after = self.spec.serve.stale_after
         answers: list[dict[str, Any]] = []
-        entries: list[tuple[dict[str, Any], dict[str, str | None]]] = []
+        entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         request_id = uuid.uuid4().hex
         for i, row in enumerate(rows):
             answer = {
                 "key": self._key(row),
                 **self._answer(float(scores[i])),
                 "missing": served.missing(i),
+                "unseen": unseen[i],
                 "stale": served.stale(i, stale_after),
                 "unknown_entity": bool(served.looked.unknown[i]),
                 "outside_horizon": self._outside(served.looked.own, i, now),
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
-            extra: dict[str, Any] = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
+            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
                      "snapshot": None if down else served.looked.snapshot,
                      "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
@@ -131,12 +133,14 @@ class Endpoint:
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        scores = self.model.predict(self.preprocess.transform(frame))
+        batch = self.preprocess.transform(frame)
+        scores, unseen = self.model.predict(batch), self.preprocess.unseen(frame, batch)
         now, request_id = self.now_us(), uuid.uuid4().hex
         answers = [
-            {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]]}
+            {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]],
+             "unseen": unseen[i]}
             for i, s in enumerate(scores)
-        ]
+        ]  # fmt: skip
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
         self._log("predict_features", request_id, now, began, frame, entries)
         return {**self._head(request_id, now), "rows": answers}
@@ -233,6 +237,7 @@ class Endpoint:
                 "route": route, "key": as_json(answer["key"]), "request": "{}", "event_times": "{}",
                 "unknown_entity": answer.get("unknown_entity", False),
                 "outside_horizon": answer.get("outside_horizon", False), "missing": len(answer["missing"]),
+                "unseen": len(answer["unseen"]),
                 "stale": as_json(answer.get("stale", [])), "score": answer["probability"], "latency_us": took, **extra,
             }  # fmt: skip
             logged.append(Entry(values["clock"], values, {n: _plain(v[i]) for n, v in frame.items()}))

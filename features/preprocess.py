@@ -80,6 +80,14 @@ class Preprocess:
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
         return Batch(numbers, codes, scaled.astype(np.float32))
 
+    def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
+        """For each of B rows the categories whose value is not among those learned."""
+        there = [np.not_equal(frame[name], None) for name in self.categories]
+        return [
+            [name for i, name in enumerate(self.categories) if there[i][row] and batch.codes[row, i] == UNSEEN]
+            for row in range(len(batch))
+        ]
+
     @cached_property
     def _lookups(self) -> list[dict[str, int]]:
         return [{word: i + 1 for i, word in enumerate(words)} for words in self.vocabulary]

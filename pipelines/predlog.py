@@ -30,6 +30,7 @@ BASE = pa.schema(
         ("unknown_entity", pa.bool_()),
         ("outside_horizon", pa.bool_()),
         ("missing", pa.int32()),
+        ("unseen", pa.int32()),  # categories that training did not know; null in older logs
         ("stale", pa.string()),  # JSON list of views
         ("score", pa.float64()),
         ("latency_us", pa.int64()),

@@ -319,6 +319,7 @@ def test_request_fields_stand_in_for_an_unknown_row(service: Service) -> None:
     assert answer.status == 200 and all(r["unknown_entity"] for r in answer.json["rows"])
     assert not unknown["outside_horizon"] and not known_line["missing"]
     assert all("line_late" in name for name in unknown["missing"])  # nobody knows line L9
+    assert unknown["unseen"] == ["line"] and not known_line["unseen"]
     null = ask(service.url, {**NOBODY, "length": None})
     assert null.status == 200 and "length" in null.json["rows"][0]["missing"]
 
