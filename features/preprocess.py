@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from features.facts import Columns
-from features.frame import Feature
+from features.frame import Feature, is_missing
 from pipelines.manifest import read_json, write_json
 
 UNSEEN = 0  # code of a missing value and of a category that training did not know
@@ -82,7 +82,7 @@ class Preprocess:
 
     def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
         """For each of B rows the categories whose value is not among those learned."""
-        there = [np.not_equal(frame[name], None) for name in self.categories]
+        there = [~is_missing(frame[name]) for name in self.categories]
         return [
             [name for i, name in enumerate(self.categories) if there[i][row] and batch.codes[row, i] == UNSEEN]
             for row in range(len(batch))
