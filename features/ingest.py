@@ -123,10 +123,11 @@ def _check_columns(spec: Spec, index: dict[str, dict[str, Any]]) -> None:
 
 def write_arrivals(snapshot: Snapshot, previous: Snapshot | None, path: Path) -> None:
     """A page of what arrived: rows per table, against the snapshot before."""
-    rows = [("table", "rows", "more than before", "identical rows dropped")]
+    rows = [("table", "rows", "more than before", "identical rows dropped", "rows set aside")]
     for name, count in snapshot.rows.items():
         more = f"{count - previous.rows.get(name, 0):+,}" if previous else "–"
-        rows.append((name, f"{count:,}", more, f"{snapshot.duplicates.get(name, 0):,}"))
+        twice, aside = (f"{counts.get(name, 0):,}" for counts in (snapshot.duplicates, snapshot.set_aside))
+        rows.append((name, f"{count:,}", more, twice, aside))
     write_page(path, f"{snapshot.pipeline}: snapshot {snapshot.digest[:12]}", [
         (f"Known up to {iso(snapshot.watermark_us)}, {snapshot.new_files} new files", rows),
     ])  # fmt: skip
