@@ -90,7 +90,8 @@ def main() -> None:
         "auc_gain_vs_raw_interval": [round(v or 0.0, 4) for v in (raw.low, raw.high)],
         "auc_gap_to_handmade": round(-(hand.value or 0.0), 4),
         "auc_gap_to_handmade_interval": [round(-(v or 0.0), 4) for v in (hand.high, hand.low)],
-        "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "proposed": len(verdicts), "kept": kept, "dropped": dropped,
+        "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+        "proposed": len(verdicts), "kept": kept, "dropped": dropped,
         "views": {row["features"]: row["views"] for row in rows},
     }  # fmt: skip
     report("autofe", figures, rows, told.json, "numpy", "pyarrow", "feast", "lightgbm")
