@@ -1,5 +1,6 @@
 """`millrace check`: does the spec fit what landed, and is there room to run?"""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,13 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
     lines, problems = [f"{path.name}: {spec.title}"], []
     explicit = propose(spec).spec if spec.features.auto else spec
     kinds = [f.kind for f in feature_list(explicit)]
-    said = "auto: of these training rows keep some: " if spec.features.auto else ""
+    said = "auto proposes " if spec.features.auto else ""
     lines.append(
         f"features: {said}{len(kinds)} ({kinds.count('category')} categories) in {len(stored_views(explicit))} stored views"
     )
+    if spec.features.auto:
+        counted = Counter(_origin(explicit, f.group) for f in feature_list(explicit))
+        lines.append(", ".join(f"{n} {origin}" for origin, n in counted.items()) + "; training rows choose among them")
     lines.append(f"rows: {spec.rows.source} by {', '.join(spec.row_key)}" + _asked(spec))
     for function in spec.features.functions:
         try:
@@ -63,6 +67,12 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
         problems.append(f"disk: {free} MB free at {home.root}, a run wants {NEEDED_MB}")
     lines += [f"problem: {p}" for p in problems] or ["no problem found"]
     return Checked(tuple(lines), tuple(problems))
+
+
+def _origin(spec: Spec, group: str) -> str:
+    """Where a feature comes from: the shape of its view and the source, or the part of the spec."""
+    view = spec.features.views.get(group)
+    return f"{type(view.shape).__name__.lower()} of {view.shape.source}" if view else group
 
 
 def _asked(spec: Spec) -> str:

@@ -19,7 +19,7 @@ AUTO = (*QUICK, "features=auto")
 
 def test_check_says_what_would_be_proposed(tmp_path: Path) -> None:
     done = millrace(tmp_path, "check", "flights_demo", sets=("features=auto",))
-    assert "features: auto: of these training rows keep some: " in done.out
+    assert "features: auto proposes 996 (" in done.out and " window of arrivals, " in done.out
 
 
 @pytest.mark.slow
