@@ -58,6 +58,9 @@ class Cells(Held, Protocol):
     def drop(self, view: str) -> None:
         """Removes a view of Feast's."""
 
+    def purge(self) -> None:
+        """Removes all views of Feast's, and what deleted rows have left behind."""
+
 
 class NoCells:
     """Nothing but what was known of a store when it was read last; nothing at all where there is none."""
@@ -185,6 +188,11 @@ class SqliteCells:
     def drop(self, view: str) -> None:
         self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
+    def purge(self) -> None:
+        self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
+        self.db.execute("VACUUM")
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
 
 class RedisCells:
     """Hashes of one generation, named by the meta hash; a feed writes the next generation and moves the name."""
@@ -261,6 +269,14 @@ class RedisCells:
     def drop(self, view: str) -> None:
         with self._answering():
             self.db.delete(self._hash({}, view))
+
+    def purge(self) -> None:
+        meta = self.meta()
+        with self._answering():
+            held = {f"{self.name}:{meta.get('generation', '')}:{view}".encode() for view in meta.get("views", "").split()}
+            for name in self.db.scan_iter(f"{self.name}:*"):
+                if name not in {*held, f"{self.name}:meta".encode(), f"{self.name}:lock".encode()}:
+                    self.db.delete(name)
 
     def _hash(self, meta: Meta, view: str) -> str:
         return f"{self.name}:{view}" if view.startswith(FEAST) else f"{self.name}:{meta.get('generation', '')}:{view}"
@@ -352,6 +368,10 @@ class PostgresCells:
 
     def drop(self, view: str) -> None:
         self._ask("DELETE FROM millrace_cells WHERE store = %s AND view = %s", (self.name, view))
+
+    def purge(self) -> None:
+        self._ask("DELETE FROM millrace_cells WHERE store = %s AND starts_with(view, %s)", (self.name, FEAST))
+        self._ask("VACUUM millrace_cells")
 
     @contextmanager
     def _writing(self) -> Iterator[Any]:

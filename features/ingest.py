@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.erased import without_erased
 from features.keys import KNOWN, SEPARATOR, text_keys
 from pipelines.clock import iso, parse_time, wall_us
 from pipelines.errors import Refused, nearest
 from pipelines.home import Home
+from pipelines.lineage import dataset
 from pipelines.manifest import digest_of, read_json, write_json, write_page
 from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
@@ -100,10 +102,11 @@ def _entry(
         entry = None
     if entry and same_spec:
         return {**entry, "mtime_ns": stat.st_mtime_ns}
-    table = _read_file(name, data, source, spec.timed)
+    table = without_erased(home, spec.pipeline, _read_file(name, data, source, spec.timed))
+    arrival = entry["arrival_us"] if entry else wall_us()
     return {
         "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows,
-        "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home), "columns": columns,
+        "arrival_us": arrival, "object": store_object(table, home), "columns": columns,
     }  # fmt: skip
 
 
@@ -126,6 +129,11 @@ def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:
         pipeline, digest, home.relative(path), value["watermark_us"], value["until_us"], value["rows"],
         value["duplicates"],
     )  # fmt: skip
+
+
+def inputs_of(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The tables of a snapshot as lineage names them."""
+    return [dataset(f"{snapshot.pipeline}.{name}", snapshot.digest, rows) for name, rows in snapshot.rows.items()]
 
 
 def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
@@ -225,9 +233,9 @@ def _row_digests(table: pa.Table) -> pa.Array:
     return pa.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in joined.to_pylist()], pa.string())
 
 
-def _store(table: pa.Table, home: Home) -> str:
+def store_object(table: pa.Table, home: Home) -> str:
     """Writes the table as an object named by its values; one that is there stays as it is."""
-    sha = _values_digest(table)
+    sha = values_digest(table)
     path = home.objects / f"{sha}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +248,7 @@ def _store(table: pa.Table, home: Home) -> str:
     return sha
 
 
-def _values_digest(table: pa.Table) -> str:
+def values_digest(table: pa.Table) -> str:
     """SHA-256 over names, types and values of a table, in the order of its rows."""
     sha = hashlib.sha256()
     for name in sorted(table.column_names):
@@ -353,7 +361,7 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict], new: int) -> Snapsh
         newest += [us for us in [_newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
         values = table if arrives else table.drop_columns([KNOWN])
-        sha.update(f"{name}={_values_digest(values)};".encode())
+        sha.update(f"{name}={values_digest(values)};".encode())
     digest, watermark = sha.hexdigest(), max(newest, default=0)
     body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
             "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,

@@ -127,14 +127,14 @@ def served_store(at: str, pipeline: str, folder: Path) -> Path | str:
     return f"{at}#{pipeline}/{folder.name}" if at else folder
 
 
-def feed(spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
+def feed(spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str, *, again: bool = False) -> bool:
     """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
 
-    False, and nothing written, where the store is already at this snapshot or beyond this time.
+    False, and nothing written, where the store is already at this snapshot or beyond this time; `again` writes then too.
     """
 
     def decide(held: Meta) -> tuple[Meta, Iterator[Cell]] | None:
-        if _up_to(spec, held, anchor, snapshot):
+        if not again and _up_to(spec, held, anchor, snapshot):
             return None
         meta = {"format": layout_digest(spec), "snapshot": snapshot,
                 "data_us": str(anchor.data_us), "wall_us": str(anchor.wall_us)}  # fmt: skip
