@@ -8,19 +8,23 @@ names, though they hold less; models that learned from the entity stay, and are 
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deploy.rollout import KEPT, bento_spec, released
+from deploy.skew import requests
 from features.cells import open_cells, writable_cells
-from features.erased import Entity, mark_of, write_mark
+from features.erased import Entity, mark_of, true, write_mark
 from features.ingest import read_snapshot, read_table, store_object
+from features.keys import key_arrays, one_chunk, request_key, text_keys
 from features.online import anchor_of, feed, served_store
 from features.store import build_features, defs_digest
 from features.versions import drop, files_of, forget, objects_of, remote_of, track, version_of
@@ -56,14 +60,16 @@ def erase(home: Home, spec: Spec, entity: Entity) -> Erased:
         landed = [p for p in _landing(home, spec) if entity.names(pq.read_table(p)).any()]
         if not (landed or seen["snapshots"] or mark_of(home, spec.pipeline, entity)):
             raise UsageError(f"no row of {spec.pipeline} has {' and '.join(f'{n} = {t}' for n, t in entity.texts)}")
+        rows = _pending(home, spec, entity)
         mark = write_mark(home, spec.pipeline, entity, seen)
-        landed_rows = sum(_drop_rows(path, entity, facts=True) for path in landed)
+        landed_rows = sum(_drop_rows(path, entity.names) for path in landed)
         object_rows = _objects(home, spec, entity)
         _versions(home, spec, mark["snapshots"])
         for folder in (home.root / "features" / spec.pipeline, home.root / "copies"):
             shutil.rmtree(folder, ignore_errors=True)
-        files = sum(_scrub(path, entity) for path in _files(home, spec.pipeline))
+        files = sum(_scrub(spec, path, entity, rows) for path in _files(home, spec.pipeline))
         _serve(home, spec)
+        _pending_file(home, spec.pipeline).unlink()
     line = f"{landed_rows:,} landed rows, {object_rows:,} rows of objects and what {files:,} other files told of it are gone"
     return Erased(spec.pipeline, landed_rows, object_rows, files, tuple(mark["runs"]), tuple(mark["releases"]),
                   tuple(mark["snapshots"]), line)  # fmt: skip
@@ -78,6 +84,36 @@ def _seen(home: Home, pipeline: str, entity: Entity) -> dict[str, list[str]]:
     runs = [name for name, body in inputs.items() if body["snapshot"] in snapshots]
     releases = [r.release for r in released(home, pipeline) if r.run_id in runs or r.snapshot in snapshots]
     return {"snapshots": snapshots, "runs": runs, "releases": releases}
+
+
+def _pending_file(home: Home, pipeline: str) -> Path:
+    return home.erased / f"{pipeline}.pending.json"
+
+
+def _pending(home: Home, spec: Spec, entity: Entity) -> pa.Array:
+    """Text keys of the prediction rows that belong to it; kept in a file until all is done."""
+    path, keys = _pending_file(home, spec.pipeline), set()
+    if path.exists():
+        keys |= set(read_json(path)["rows"])
+    bodies = [read_json(p) for p in _snapshots(home, spec.pipeline)]
+    for sha in {sha for body in bodies for sha, _ in body["objects"].get(spec.rows.source, ())}:
+        if _holds(home, sha, entity):
+            table = pq.ParquetFile(home.objects / f"{sha}.parquet").read()
+            keys |= set(row_keys(spec, table.filter(pa.array(entity.names(table)))).to_pylist())
+    write_json(path, {"rows": sorted(key for key in keys if key is not None)})
+    return pa.array(sorted(key for key in keys if key is not None), pa.string())
+
+
+def row_keys(spec: Spec, table: pa.Table) -> pa.Array:
+    """Text key of the prediction row that each row of any table of ours is about, null where it is about none (N)."""
+    if "_key" in table.column_names and pa.types.is_string(table["_key"].type):
+        return one_chunk(table["_key"])
+    if set(spec.row_key) <= set(table.column_names):
+        return text_keys(key_arrays(table, spec.row_key), table.num_rows)
+    if {"request_id", "key"} <= set(table.column_names):
+        asked = requests(spec, table) if "request" in table.column_names else []
+        return pa.array([request_key(row, spec.row_key) for row in asked], pa.string())
+    return pa.nulls(table.num_rows, pa.string())
 
 
 def _snapshots(home: Home, pipeline: str) -> list[Path]:
@@ -142,21 +178,22 @@ def _names(body: dict[str, Any]) -> set[str]:
 def _versions(home: Home, spec: Spec, snapshots: list[str]) -> None:
     """Removes old bytes from DVC's cache and remotes, and tracks what the snapshots are now."""
     current = {f"objects/{sha}.parquet" for path in _snapshots(home, spec.pipeline) for sha in objects_of(read_json(path))}
+    manifests = {path: read_json(path) for path in home.runs(spec.pipeline).glob("*/manifest.json")}
     for snapshot in snapshots:
+        runs = {p: body for p, body in manifests.items() if body["inputs"]["snapshot"] == snapshot and "data_version" in body}
         version, files = version_of(home, spec.pipeline, snapshot), files_of(home, spec.pipeline, snapshot)
         old = {md5 for name, md5 in files.items() if name.startswith("objects/") and name not in current}
-        if version is None or (files and not old):
-            continue
-        remote = version.remote or remote_of(home, spec.versions.remote)
-        drop(home, old, remote)
-        drop(home, {version.md5}, remote)  # the list of the others, last
-        forget(home, spec.pipeline, {snapshot})
-        again = track(home, spec.pipeline, snapshot, spec.versions.remote)
-        for path in home.runs(spec.pipeline).glob("*/manifest.json"):
-            body = read_json(path)
-            if body["inputs"]["snapshot"] == snapshot and "data_version" in body:
-                del body["format_version"]
-                write_json(path, {**body, "data_version": vars(again), "erased": True})
+        if version is not None and (old or not files):
+            remote = version.remote or remote_of(home, spec.versions.remote)
+            drop(home, old, remote)
+            drop(home, {version.md5}, remote)  # the list of the others, last
+            forget(home, spec.pipeline, {snapshot})
+        if version is not None or runs:
+            now = vars(track(home, spec.pipeline, snapshot, spec.versions.remote))
+            for path, body in runs.items():
+                if body["data_version"] != now:
+                    del body["format_version"]
+                    write_json(path, {**body, "data_version": now, "erased": True})
 
 
 def _files(home: Home, pipeline: str) -> Iterator[Path]:
@@ -165,10 +202,10 @@ def _files(home: Home, pipeline: str) -> Iterator[Path]:
         yield from (p for p in sorted(top.rglob("*")) if p.is_file() and not p.is_symlink())
 
 
-def _scrub(path: Path, entity: Entity) -> bool:
+def _scrub(spec: Spec, path: Path, entity: Entity, rows: pa.Array) -> bool:
     """Removes its rows from Parquet, and its value from text and databases; whether there was something."""
     if path.suffix == ".parquet":
-        changed = _drop_rows(path, entity) > 0
+        changed = _drop_rows(path, lambda table: entity.is_in(table) | true(pc.is_in(row_keys(spec, table), value_set=rows))) > 0
     elif not entity.words:
         return False
     elif path.suffix in (".db", ".sqlite"):
@@ -180,9 +217,9 @@ def _scrub(path: Path, entity: Entity) -> bool:
     return changed
 
 
-def _drop_rows(path: Path, entity: Entity, *, facts: bool = False) -> int:
+def _drop_rows(path: Path, gone_of: Callable[[pa.Table], np.ndarray]) -> int:
     table = pq.ParquetFile(path).read()
-    gone = entity.names(table) if facts else entity.is_in(table)
+    gone = gone_of(table)
     if gone.any():
         scratch = path.with_name(f".{path.name}.erase")
         pq.write_table(table.filter(pa.array(~gone)), scratch, compression="zstd")

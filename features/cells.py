@@ -189,9 +189,10 @@ class SqliteCells:
         self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
     def purge(self) -> None:
-        self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
-        self.db.execute("VACUUM")
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with closing(self.db):
+            self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
+            self.db.execute("VACUUM")
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 class RedisCells:

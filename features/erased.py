@@ -69,7 +69,7 @@ class Entity:
             for column in table.column_names:
                 kind = table[column].type
                 if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-                    part |= _true(pc.match_substring_regex(table[column].cast(pa.string()), pattern))
+                    part |= true(pc.match_substring_regex(table[column].cast(pa.string()), pattern))
                 elif column in (name, f"_key_{name}", f"feature.{name}"):
                     part |= _equal(table[column], text)
             found &= part
@@ -87,11 +87,12 @@ def _equal(column: pa.ChunkedArray, text: str) -> np.ndarray:
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", kind.tz)).cast(pa.int64())
     elif pa.types.is_floating(kind):
-        return _true(pc.equal(column, float(text))) if re.fullmatch(r"-?\d+", text) else np.zeros(len(column), bool)
-    return _true(pc.equal(column.cast(pa.string()), text.lower() if pa.types.is_boolean(kind) else text))
+        return true(pc.equal(column, float(text))) if re.fullmatch(r"-?\d+", text) else np.zeros(len(column), bool)
+    return true(pc.equal(column.cast(pa.string()), text.lower() if pa.types.is_boolean(kind) else text))
 
 
-def _true(mask: pa.ChunkedArray) -> np.ndarray:
+def true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A mask as numpy has it (bool, N): null is false."""
     return np.asarray(pc.fill_null(mask, False)).astype(bool)
 
 
@@ -133,7 +134,7 @@ def without_erased(home: Home, pipeline: str, table: pa.Table) -> pa.Table:
         distinct = keys.group_by(keys.column_names).aggregate([]).to_pylist()
         bad = [row for row in distinct if None not in row.values() and _digest(mark["salt"], [*row.values()]) == mark["digest"]]
         for row in bad:
-            gone = np.logical_and.reduce([_true(pc.equal(keys[i], value)) for i, value in row.items()])
+            gone = np.logical_and.reduce([true(pc.equal(keys[i], value)) for i, value in row.items()])
             table = table.filter(pa.array(~gone))
     return table
 
