@@ -4,17 +4,19 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.rollout import Released
-from features.ingest import read_snapshot
-from features.rows import split_bounds
+from features.ingest import inputs_of, read_snapshot
+from features.rows import PARTS, split_bounds
 from features.store import FeatureSet
+from features.versions import Version
 from models.evaluate import CHALLENGER
 from pipelines.clock import iso, wall_us
 from pipelines.home import Home
+from pipelines.lineage import dataset, emit
 from pipelines.manifest import ROOT, Artifact, digest_of, file_digest, read_json, write_json
 from pipelines.run import Run, accepted, result_spec
 from pipelines.spec import Spec
@@ -35,7 +37,8 @@ class Outcome:
 
 
 def write_record(
-    spec: Spec, home: Home, run: Run, features: FeatureSet, stages: Mapping[str, Artifact | None], released: Released
+    spec: Spec, home: Home, run: Run, features: FeatureSet, stages: Mapping[str, Artifact | None], released: Released,
+    version: Version,
 ) -> Outcome:  # fmt: skip
     """Writes the manifest of a finished run and its pages. Written again it says the same, but for times."""
     from deploy.report import write_report
@@ -59,14 +62,27 @@ def write_record(
         "verdict": _without_format(read_json(at["evaluate"] / "verdict.json")),
         "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
         "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),
-        "stages": costs, "stage_paths": paths,
+        "stages": costs, "stage_paths": paths, "data_version": asdict(version),
         "snapshot_rows": snapshot.rows, "set_aside": snapshot.set_aside, "exact": True,
         "test_window_us": list(split_bounds(spec, run.as_of_us)[3][:2]) if spec.timed else None,
         "result_digest": digest_of(result), "result": result, "finished_wall_us": wall_us(),
     }  # fmt: skip
     write_report(spec, home, run, manifest)
     write_json(folder / "manifest.json", manifest)
+    _emit(home, run, manifest)
     return outcome_of(home, manifest)
+
+
+def _emit(home: Home, run: Run, manifest: Mapping[str, Any]) -> None:
+    """Lineage of a finished run: from the tables of its snapshot to its training set, and its release where there is one."""
+    rows = sum(manifest["counts"][part] for part in PARTS)
+    paths = manifest["stage_paths"]
+    outputs = [dataset(f"{run.pipeline}.training_set", Path(paths["training_set"]).name, rows, output=True),
+               dataset(f"{run.pipeline}.model", Path(paths["train"]).name, output=True)]  # fmt: skip
+    if manifest["bento"]:
+        outputs.append(dataset(f"{run.pipeline}.release", manifest["bento"], output=True))
+    snapshot = read_snapshot(home, run.pipeline, run.snapshot)
+    emit(home, run.pipeline, run.run_id, "COMPLETE", inputs=inputs_of(snapshot), outputs=outputs)
 
 
 def write_refusal(home: Home, run: Run, reason: str, report: str) -> None:
@@ -78,6 +94,7 @@ def write_refusal(home: Home, run: Run, reason: str, report: str) -> None:
         "reasons": [reason], "result_digest": "", "report": report, "stages": stage_costs(run.folder(home)),
         "finished_wall_us": wall_us(),
     })  # fmt: skip
+    emit(home, run.pipeline, run.run_id, "FAIL", inputs=inputs_of(read_snapshot(home, run.pipeline, run.snapshot)), error=reason)
 
 
 def outcome_of(home: Home, manifest: Mapping[str, Any], *, as_word: str = "") -> Outcome:

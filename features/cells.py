@@ -101,6 +101,9 @@ class Cells(Held, Protocol):
     def drop(self, view: str) -> None:
         """Removes a view of Feast's."""
 
+    def purge(self, ids: Sequence[str]) -> None:
+        """Removes these events, all views of Feast's, and what deleted rows have left behind."""
+
 
 class NoCells:
     """Nothing but what was known of a store when it was read last; nothing at all where there is none."""
@@ -256,6 +259,12 @@ class SqliteCells:
     def drop(self, view: str) -> None:
         self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
+    def purge(self, ids: Sequence[str]) -> None:
+        self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
+        self.db.execute("DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
+        self.db.execute("VACUUM")
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
 
 class RedisCells:
     """Hashes of one generation, named by the meta hash; a feed writes the next generation and moves the name."""
@@ -379,6 +388,19 @@ class RedisCells:
     def drop(self, view: str) -> None:
         with self._answering():
             self.db.delete(self._hash({}, view))
+
+    def purge(self, ids: Sequence[str]) -> None:
+        meta, gone = self.meta(), set(ids)
+        with self._answering():
+            held = {self._hash(meta, view) for view in meta.get("views", "").split()}
+            held |= {f"{self.name}:{own}" for own in ("meta", "lock", "events", "ids")}
+            for name in self.db.scan_iter(f"{self.name}:*"):
+                if name.decode() not in held:
+                    self.db.delete(name)
+            for event in self.db.zrange(f"{self.name}:events", 0, -1):
+                if json.loads(event)[0] in gone:
+                    self.db.zrem(f"{self.name}:events", event)
+                    self.db.hdel(f"{self.name}:ids", json.loads(event)[0])
 
     def _hash(self, meta: Meta, view: str) -> str:
         return f"{self.name}:{view}" if view.startswith(FEAST) else f"{self.name}:{meta.get('generation', '')}:{view}"
@@ -505,6 +527,12 @@ class PostgresCells:
 
     def drop(self, view: str) -> None:
         self._ask("DELETE FROM millrace_cells WHERE store = %s AND view = %s", (self.name, view))
+
+    def purge(self, ids: Sequence[str]) -> None:
+        self._ask("DELETE FROM millrace_cells WHERE store = %s AND starts_with(view, %s)", (self.name, FEAST))
+        self._ask("DELETE FROM millrace_events WHERE store = %s AND id = ANY(%s)", (self.name, [*ids]))
+        self._ask("VACUUM millrace_cells")
+        self._ask("VACUUM millrace_events")
 
     @contextmanager
     def _writing(self) -> Iterator[Any]:

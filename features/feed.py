@@ -35,16 +35,16 @@ Fresh = Callable[[], tuple[Sequence[Event], Iterable[Change]]]  # events that a 
 
 def feed(
     spec: Spec, features: Path, store: Path | str, anchor: Anchor, snapshot: str, *, newest: Mapping[str, int] | None = None,
-    fresh: Fresh = lambda: ((), ()),
+    fresh: Fresh = lambda: ((), ()), again: bool = False,
 ) -> bool:  # fmt: skip
     """Brings the served store to the state of a feature folder, from `anchor.data_us` on.
 
-    False, and nothing written, where the store is already at this snapshot or beyond this time. `newest`: known-at (µs) of
-    the newest fact by source. `fresh`: pushed events that the snapshot may lack, asked for in the transaction.
+    False, and nothing written, where the store is already at this snapshot or beyond this time, unless `again`. `newest`:
+    known-at (µs) of the newest fact by source. `fresh`: pushed events that the snapshot may lack, asked for in the transaction.
     """
 
     def decide(held: Meta) -> Update | None:
-        if _up_to(spec, held, anchor, snapshot):
+        if not again and _up_to(spec, held, anchor, snapshot):
             return None
         events, changes = fresh()
         over = {(view, key): packed for view, key, packed in changes}

@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.erased import without_erased
 from features.keys import KNOWN, text_keys
 from features.landed import ARROW, read_landed
 from features.quarantine import BadRows, bad_rows
 from pipelines.clock import NEVER, iso, wall_us
 from pipelines.errors import Refused
 from pipelines.home import Home
+from pipelines.lineage import dataset
 from pipelines.manifest import digest_of, read_json, write_json, write_page
 from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
@@ -99,9 +101,10 @@ def _entry(
     if entry and same_spec:
         return {**entry, "mtime_ns": stat.st_mtime_ns}
     table, absent = read_landed(name, data, source, timed=spec.timed)
+    table = without_erased(home, spec.pipeline, table)
     return {
         "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows, "absent": absent,
-        "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": _store(table, home), "columns": columns,
+        "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": store_object(table, home), "columns": columns,
     }  # fmt: skip
 
 
@@ -143,6 +146,11 @@ def read_snapshot(home: Home, pipeline: str, digest: str) -> Snapshot:
     )  # fmt: skip
 
 
+def inputs_of(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The tables of a snapshot as lineage names them."""
+    return [dataset(f"{snapshot.pipeline}.{name}", snapshot.digest, rows) for name, rows in snapshot.rows.items()]
+
+
 def cut(spec: Spec, home: Home, snapshot: Snapshot, as_of: int) -> Snapshot:
     """The snapshot as it was known at `as_of`: the same one when nothing in it was known later."""
     if not spec.timed or as_of >= snapshot.watermark_us:
@@ -167,7 +175,7 @@ def extended(home: Home, snapshot: Snapshot, more: dict[str, pa.Table]) -> Snaps
     body = read_json(home.root / snapshot.path)
     del body["format_version"]
     for name, table in more.items():
-        body["objects"][name] = sorted([*body["objects"][name], [_store(table, home), 0]])
+        body["objects"][name] = sorted([*body["objects"][name], [store_object(table, home), 0]])
         body["rows"][name] += table.num_rows
     digest = digest_of({"snapshot": snapshot.digest, "objects": body["objects"]})
     write_json(home.snapshots(snapshot.pipeline) / f"{digest}.json", body)
@@ -220,9 +228,9 @@ def _landed(spec: Spec, home: Home) -> dict[str, Path]:
     return found
 
 
-def _store(table: pa.Table, home: Home) -> str:
+def store_object(table: pa.Table, home: Home) -> str:
     """Writes the table as an object named by its values; one that is there stays as it is."""
-    sha = _values_digest(table)
+    sha = values_digest(table)
     path = home.objects / f"{sha}.parquet"
     if not path.exists():
         _write(table, path)
@@ -239,7 +247,7 @@ def _write(table: pa.Table, path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _values_digest(table: pa.Table) -> str:
+def values_digest(table: pa.Table) -> str:
     """SHA-256 over names, types and values of a table, in the order of its rows."""
     sha = hashlib.sha256()
     for name in sorted(table.column_names):
@@ -350,7 +358,7 @@ def _set_aside(spec: Spec, home: Home, snapshot: Snapshot) -> Snapshot:
         body["set_aside"][name] = {"rows": int(bad.mask.sum()), "reasons": [[*why, count] for why, count in bad.counts.items()]}
         body["rows"][name] -= int(bad.mask.sum())
         tables[name] = tables[name].filter(pa.array(~bad.mask))
-    digest = digest_of({"snapshot": snapshot.digest, "set_aside": {name: _values_digest(t) for name, t in aside.items()}})
+    digest = digest_of({"snapshot": snapshot.digest, "set_aside": {name: values_digest(t) for name, t in aside.items()}})
     files = _files_of(spec, home)
     for name, table in aside.items():
         place = quarantined(home, spec.pipeline, digest, name)
@@ -377,7 +385,7 @@ def _without(home: Home, objects: list[list], merged: _Merged, gone: np.ndarray)
             part = pq.read_table(home.objects / f"{sha}.parquet").replace_schema_metadata(None)
             stays = np.ones(part.num_rows, bool)
             stays[rows] = False
-            sha = _store(part.filter(pa.array(stays)), home)
+            sha = store_object(part.filter(pa.array(stays)), home)
         kept.append([sha, arrival_us])
     return sorted(kept)
 
@@ -466,7 +474,7 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict]) -> Snapshot:
         latest += [us for us in [newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
         values = table if arrives else table.drop_columns([KNOWN])
-        sha.update(f"{name}={_values_digest(values)};".encode())
+        sha.update(f"{name}={values_digest(values)};".encode())
     digest, watermark = sha.hexdigest(), max(latest, default=0)
     body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
             "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
+from features.erased import without_erased
 from features.facts import int_times
 from features.feed import Tables, changed_cells, recent
 from features.ingest import ARROW, Snapshot, extended, in_order, known_at, newest, read_new, read_snapshot, read_table
@@ -58,6 +59,9 @@ class Pusher:
     def push(self, events: Sequence[Event], now: int) -> Receipt:
         """Takes events whose facts are known by `now` (µs). All or none: raises BadEvent for one that cannot be taken."""
         _refuse(self.spec, events, now)
+        for name, table in event_tables(self.spec, events).items():
+            if without_erased(self.home, self.spec.pipeline, table).num_rows < table.num_rows:
+                raise BadEvent(f"source {name!r}: an event is about an entity that was erased")
         done: list[tuple[Tables, Receipt]] = []
 
         def decide(held: Meta) -> Update | None:

@@ -16,7 +16,7 @@ import click
 from pipelines.clock import parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home, open_home, process_env
-from pipelines.manifest import canonical_json, write_atomic
+from pipelines.manifest import canonical_json, read_json, write_atomic
 from pipelines.run import run_lock
 from pipelines.spec import Spec, find_pipeline, json_schema, load_spec
 
@@ -324,6 +324,52 @@ def rollback(pipeline: str, to: str | None, why: str) -> Answer:
     release = back(open_home(), load_spec(pipeline).pipeline, to=to, why=why)
     return {"text": f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`",
             "release": release.release}  # fmt: skip
+
+
+@_verb
+@_pipeline
+@click.option("--run", "run_id", help="Run whose data is wanted; its manifest is in this home.")
+@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Manifest of a run of another home.")
+@click.option("--remote", default="", help="DVC remote; default: the one that the run was pushed to.")
+def checkout(pipeline: str, run_id: str | None, manifest: str | None, remote: str) -> Answer:
+    """Brings the exact data of a run into this home: snapshot, objects and, where nothing has landed, landing files."""
+    from features.versions import Version, check_out
+
+    home, spec = open_home(), load_spec(pipeline)
+    if (run_id is None) == (manifest is None):
+        raise UsageError("give either --run RUN_ID, for a run of this home, or --manifest FILE, for one of another")
+    body = read_json(Path(manifest) if manifest else home.runs(spec.pipeline) / str(run_id) / "manifest.json")
+    if body.get("pipeline") != spec.pipeline or not body.get("data_version"):
+        raise UsageError(f"{manifest or run_id} is no manifest of a run of {spec.pipeline} that names a version of its data")
+    found = check_out(home, spec.pipeline, body["inputs"]["snapshot"], Version(**body["data_version"]), remote)
+    words = f"snapshot {found.snapshot[:12]} is here: {found.objects:,} new objects, {found.landed:,} landing files"
+    return {"text": words, **asdict(found)}
+
+
+@_verb
+@click.option("--delete", is_flag=True, help="Remove it; without this it is only counted.")
+def gc(delete: bool) -> Answer:
+    """What no run, release, backfill or landing file names any more."""
+    from deploy.collect import collect
+
+    found = collect(open_home(), delete=delete)
+    return {"text": found.line, **asdict(found)}
+
+
+@_verb
+@_pipeline
+@click.option("--key", multiple=True, required=True, metavar="COLUMN=VALUE", help="Names the entity; all must hold.")
+def erase(pipeline: str, key: tuple[str, ...]) -> Answer:
+    """Removes an entity from data, logs, versions and the served store, and names who had seen it."""
+    from deploy.erase import erase as remove
+    from features.erased import Entity
+
+    home, spec = open_home(), load_spec(pipeline)
+    _prepared(home)
+    found = remove(home, spec, Entity.of(spec, key))
+    lines = [found.line, *(f"seen by run {run}" for run in found.runs)]
+    lines += [f"learned from it: release {release}" for release in found.releases]
+    return {"text": "\n".join(lines), **asdict(found)}
 
 
 @_verb

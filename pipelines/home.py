@@ -36,6 +36,18 @@ class Home:
     def runs(self, pipeline: str) -> Path:
         return self.root / "runs" / pipeline
 
+    @property
+    def dvc(self) -> Path:
+        return self.root / "dvc"
+
+    @property
+    def erased(self) -> Path:
+        return self.root / "erased"
+
+    @property
+    def lineage(self) -> Path:
+        return self.root / "lineage"
+
     def backfills(self, pipeline: str) -> Path:
         return self.root / "backfills" / pipeline
 

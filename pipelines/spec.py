@@ -517,6 +517,14 @@ class Monitor(Model):
     max_psi: float = Field(0.25, gt=0, description="largest population stability index of the score")
 
 
+class Versions(Model):
+    """Where the data of every run is kept, for others to check out."""
+
+    remote: str = Field(
+        "", description="DVC remote, such as s3://bucket/path or a folder ($NAME: from the environment); empty: in the home"
+    )
+
+
 class Spec(Model):
     """A pipeline, whole."""
 
@@ -541,6 +549,7 @@ class Spec(Model):
     gate: Gate = Gate()
     serve: Serve = Serve()
     monitor: Monitor = Monitor()
+    versions: Versions = Versions()
 
     @model_validator(mode="before")
     @classmethod

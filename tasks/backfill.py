@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from deploy.backfill import Backfilled, finish_backfill
 from deploy.rollout import land_events
 from features.backfill import Backfill, pin_backfill, write_part, write_rows
-from features.ingest import read_snapshot
+from features.ingest import inputs_of, read_snapshot
 from features.store import FeatureSet, features_from
 from pipelines.clock import parse_time
 from pipelines.home import open_home
+from pipelines.lineage import emit
 from pipelines.manifest import Artifact, make_artifact, read_json
 from pipelines.run import Run
 from pipelines.spec import load_spec
@@ -31,7 +32,10 @@ def pin(pipeline: str, begin: str, end: str, as_of: str | None = None, overrides
     at = parse_time(as_of) if as_of is not None else None
     spec, home = load_spec(pipeline, overrides or []), open_home()
     land_events(spec, home)
-    return pin_backfill(spec, home, parse_time(begin), parse_time(end), at)
+    run = pin_backfill(spec, home, parse_time(begin), parse_time(end), at)
+    inputs = inputs_of(read_snapshot(home, run.pipeline, run.snapshot))
+    emit(home, run.pipeline, run.run_id, "START", inputs=inputs, job="backfill")
+    return run
 
 
 def all_landed(run: Backfill) -> Run:

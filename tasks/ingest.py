@@ -1,9 +1,10 @@
 """Stage 1: what landed becomes a snapshot, and the run's inputs are pinned."""
 
 from deploy.rollout import champion, take_in
-from features.ingest import cut, read_snapshot, write_arrivals
+from features.ingest import cut, inputs_of, read_snapshot, write_arrivals
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
+from pipelines.lineage import emit
 from pipelines.manifest import code_digest, digest_of
 from pipelines.run import Run, accepted, pin, result_spec, unfinished
 from pipelines.spec import load_spec
@@ -24,6 +25,7 @@ def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None 
     previous = before["inputs"]["snapshot"] if before else ""
     run = pin(home, spec, as_of_us=at, snapshot=snapshot.digest, previous=previous,
               parent=now.release if now else "", code=code_digest("flows"))  # fmt: skip
+    emit(home, spec.pipeline, run.run_id, "START", inputs=inputs_of(snapshot))
     write_arrivals(snapshot, read_snapshot(home, spec.pipeline, previous) if previous else None, home.root / run.page)
     rows = f"{sum(snapshot.rows.values()):,} rows in {len(snapshot.rows)} tables, {snapshot.new_files} new files"
     return run.says(rows + (f", known up to {iso(at)}" if spec.timed else ""))

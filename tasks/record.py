@@ -3,6 +3,7 @@
 from deploy.record import Outcome, write_record
 from deploy.rollout import Released
 from features.store import FeatureSet
+from features.versions import track
 from pipelines.manifest import Artifact
 from pipelines.run import Run
 from tasks.policy import opened, stage
@@ -17,4 +18,5 @@ def record(
     home, spec = opened(run)
     stages = {"contract": checked, "training_set": data, "tune": study, "train": model, "evaluate": verdict,
               "package": bento, "preflight": flight}  # fmt: skip
-    return write_record(spec, home, run, features, stages, released)
+    version = track(home, run.pipeline, run.snapshot, spec.versions.remote)
+    return write_record(spec, home, run, features, stages, released, version)

@@ -1,0 +1,256 @@
+"""Erasure: after it no byte of the home tells of the entity, at every kill a repeat finishes, and nothing brings it back."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deploy.erase import erase
+from deploy.rollout import Release, bento_folder, feed_all, promote
+from features.erased import Entity
+from features.ingest import Snapshot, ingest, read_snapshot, read_table
+from features.online import ROWS, OnlineStore, serve_features
+from features.store import build_features
+from features.trainset import build_training_set
+from features.versions import Version, check_out, files_of, track
+from pipelines.clock import DAY_US, MISSING, Anchor, parse_time
+from pipelines.errors import UsageError
+from pipelines.home import Home, open_home
+from pipelines.manifest import ROOT, find_artifact, make_artifact, read_json, write_json
+from pipelines.predlog import BASE
+from pipelines.spec import Spec
+from tests.command import millrace
+from tests.data.test_backfill import filled, yaml_of
+from tests.e2e.buses import EVERY, NOW, Buses
+
+STOP, LIKE = "STOP-ERASE-77", "STOP-ERASE-778"  # the second one is another stop, and stays
+NOON = parse_time(NOW.isoformat())
+
+
+def bytes_of(path: Path) -> bytes:
+    """What a file says: Parquet read and as it is, and anything else as it is."""
+    said = path.read_bytes()
+    if path.suffix == ".parquet":
+        said += json.dumps(pq.ParquetFile(path).read().to_pydict(), default=str).encode()
+        said += str(pq.read_schema(path).metadata).encode() + str(pq.read_metadata(path).to_dict()).encode()
+    return said
+
+
+def telling(root: Path, value: str) -> list[str]:
+    """Files that hold a value as a whole word."""
+    word = value.encode()
+    found = []
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        said = bytes_of(path).replace(LIKE.encode(), b"") if value == STOP else bytes_of(path)
+        if word in said or word in str(path).encode():
+            found.append(path.relative_to(root).as_posix())
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(buses: Buses, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Spec, Snapshot]:
+    """Buses with trips from the stop, and everything that comes of them: run, release, store, log, backfill, pages, version."""
+    root = tmp_path_factory.mktemp("erase")
+    shutil.copytree(buses.home.root, root / "home", ignore=shutil.ignore_patterns("copies"))
+    home, spec = Home(root / "home"), buses.spec
+    (root / "buses.yaml").write_text(yaml_of(buses))
+    land(home)
+    snapshot = ingest(spec, home)
+    features = build_features(spec, home, snapshot)
+    kept = make_artifact(home.root, "training_set", "key",
+                         lambda out: build_training_set(spec, home, snapshot, features, NOON, out))  # fmt: skip
+    release = Release(buses.bento.tag, buses.bento.path, "run-1", snapshot.digest, NOON, features.defs_digest, "", (), MISSING)
+    promote(home, "buses", release, expected="", why=f"better at {STOP}")
+    assert feed_all(home, "buses", snapshot, Anchor(NOON + 60_000_000, 0), features)
+    shutil.copy(home.root / kept.path / "rows.parquet", bento_folder(home, release) / "src/bundle/replay.parquet")
+    inputs = {"snapshot": snapshot.digest, "previous_snapshot": buses.snapshot.digest}
+    for name, pins in (("run-0", {**inputs, "snapshot": buses.snapshot.digest}), ("run-1", inputs)):
+        write_json(home.runs("buses") / name / "inputs.json", pins)
+        version = track(home, "buses", pins["snapshot"])
+        write_json(home.runs("buses") / name / "manifest.json", {
+            "pipeline": "buses", "run_id": name, "inputs": pins, "result_digest": "x", "finished_wall_us": 1,
+            "data_version": vars(version), "stage_paths": {"training_set": kept.path}})  # fmt: skip
+    (home.runs("buses") / "run-1" / "report.html").write_text(f"<td>{STOP}</td><td>{LIKE}</td>")
+    log(home, release.release)
+    filled(home, root / "buses.yaml", NOON - DAY_US, NOON)
+    database(home)
+    return home, spec, snapshot
+
+
+def land(home: Home, name: str = "erased") -> None:
+    folder, day = home.landing("buses"), NOW.replace(hour=0)
+    trips = [{"line": "L7", "day": day, "trip": 9_000 + i, "stop": stop, "due": NOW + (i - 40) * EVERY, "end": None,
+              "length": 5.0, "low_floor": True, "seats": 30, "told": NOW - timedelta(days=1)}
+             for i, stop in enumerate([STOP, LIKE] * 40)]  # fmt: skip
+    left = [{"line": "L7", "day": day, "trip": t["trip"], "at": t["due"], "late": 9.0} for t in trips if t["due"] <= NOW]
+    stops = [{"stop": s, "zone": s.lower(), "since": NOW - timedelta(days=9)} for s in (STOP, LIKE)]
+    for table, rows in (("trips", trips), ("departures", left), ("stops", stops)):
+        schema = pq.read_schema(folder / table / "all.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema), folder / table / f"{name}.parquet")
+
+
+def log(home: Home, release: str) -> None:
+    rows = [{"request_id": f"r{i}", "row": 0, "release": release, "key": json.dumps({"line": "L7", "trip": i}),
+             "request": json.dumps({"stop": stop, "seats": 3})} for i, stop in enumerate((STOP, LIKE, "a"))]  # fmt: skip
+    folder = home.predictions("buses") / "hour=2024-05-06T12"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, BASE), folder / "w-000001.parquet")
+
+
+def database(home: Home) -> None:
+    (home.root / "prefect").mkdir(exist_ok=True)
+    with closing(sqlite3.connect(home.root / "prefect" / "prefect.db")) as db:
+        db.execute("CREATE TABLE artifact (id INTEGER, data TEXT)")
+        db.executemany("INSERT INTO artifact VALUES (?, ?)", [(1, f"|{STOP}|"), (2, f"|{LIKE}|"), (3, f"gone {STOP}")])
+        db.execute("DELETE FROM artifact WHERE id = 3")  # its page is free, and still holds the text
+        db.commit()
+
+
+@pytest.fixture
+def home(made: tuple[Home, Spec, Snapshot], tmp_path: Path) -> Home:
+    """A copy, with hard links as they were: the cache of DVC and the objects share their bytes."""
+    subprocess.run(["cp", "-a", str(made[0].root), str(tmp_path / "home")], check=True)
+    for path in (tmp_path / "home" / "dvc").rglob("*.json"):
+        if path.name != "landing.json" and "remote" in (body := read_json(path)):
+            write_json(path, {"remote": body["remote"].replace(str(made[0].root), str(tmp_path / "home"))})
+    return Home(tmp_path / "home")
+
+
+def entity(spec: Spec) -> Entity:
+    return Entity.of(spec, [f"stop={STOP}"])
+
+
+def test_no_byte_of_the_home_tells_of_an_erased_entity(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    spec, snapshot = made[1], made[2]
+    before = telling(home.root, STOP)
+    for place in ("landing/", "objects/", "dvc/.dvc/cache", "dvc/remote", "features/", "artifacts/", "bentoml/", "runs/",
+                  "releases/", "predictions/", "online/", "prefect/"):  # fmt: skip
+        assert any(name.startswith(place) for name in before), place
+    others, files = telling(home.root, LIKE), len(before)
+    found = erase(home, spec, entity(spec))
+    assert telling(home.root, STOP) == []
+    assert (found.landed_rows, found.object_rows) == (41, 41) and files > 15
+    assert (found.runs, found.releases) == (("run-1",), (made_release(home),)) and found.snapshots == (snapshot.digest,)
+    lost = {name.split("/")[0] for name in others} - {name.split("/")[0] for name in telling(home.root, LIKE)}
+    assert lost == set()
+    again = erase(home, spec, entity(spec))
+    assert (again.landed_rows, again.object_rows, again.files, again.runs) == (0, 0, 0, found.runs)
+
+
+def made_release(home: Home) -> str:
+    found: str = read_json(home.releases("buses") / "champion.json")["release"]
+    return found
+
+
+def test_what_is_left_goes_on_working(home: Home, made: tuple[Home, Spec, Snapshot], tmp_path: Path) -> None:
+    """The snapshot, its version, stage outputs, the served store and the next snapshot."""
+    spec, snapshot = made[1], made[2]
+    store = OnlineStore(spec, next(home.root.glob("online/buses/*")))
+    meta, keys = dict(store.meta()), len(store.cells.keys(ROWS))
+    erase(home, spec, entity(spec))
+    left = read_table(spec, home, read_snapshot(home, "buses", snapshot.digest), "trips")
+    assert set(left["stop"].to_pylist()) == {"a", "b", "c", LIKE} and left.num_rows == snapshot.rows["trips"] - 40
+    assert read_snapshot(home, "buses", snapshot.digest).rows["trips"] == left.num_rows
+    assert store.meta() == meta and len(store.cells.keys(ROWS)) == keys - 40  # by the reader that was open all the time
+    frame = serve_features(store, [{"line": "L7", "day": NOON - DAY_US // 2, "trip": 9_050}], NOON + 60_000_000).frame
+    assert np.isnan(frame["seats"][0])
+    assert find_artifact(home.root, "training_set", "key") is not None
+    body = read_json(home.runs("buses") / "run-1" / "manifest.json")
+    second = open_home(tmp_path / "second")
+    check_out(second, "buses", snapshot.digest, Version(**body["data_version"]))
+    assert telling(second.root, STOP) == [] and len(files_of(second, "buses", snapshot.digest)) == 9
+    newest = ingest(spec, home)
+    assert newest.digest != snapshot.digest and newest.rows["trips"] == left.num_rows and newest.new_files == 0
+
+
+def test_a_copy_that_lands_again_is_left_out(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    spec = made[1]
+    erase(home, spec, entity(spec))
+    first = ingest(spec, home)
+    land(home, "once-more")
+    second = ingest(spec, home)
+    assert second.new_files == 3 and second.digest == first.digest and second.rows == first.rows
+    assert not any(STOP in name for name in telling(home.objects, STOP))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import deploy.erase as e
+from features.erased import Entity
+from pipelines.home import open_home
+from pipelines.spec import Spec
+honest = getattr(e, sys.argv[1])
+count = [0]
+def dying(*args, **kwargs):
+    count[0] += 1
+    if count[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(*args, **kwargs)
+setattr(e, sys.argv[1], dying)
+spec = Spec.model_validate_json(Path(sys.argv[3]).read_text())
+e.erase(open_home(), spec, Entity.of(spec, sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(("step", "number"), [
+    ("_drop_rows", 2), ("_objects", 1), ("store_object", 2), ("_versions", 1), ("drop", 1), ("drop", 2), ("forget", 1),
+    ("track", 1), ("_scrub", 1), ("_sign", 1), ("_serve", 1), ("feed", 1),
+])  # fmt: skip
+def test_what_a_kill_left_half_done_a_repeat_finishes(
+    step: str, number: int, home: Home, made: tuple[Home, Spec, Snapshot], tmp_path: Path
+) -> None:
+    spec = made[1]
+    (tmp_path / "spec.json").write_text(spec.model_dump_json(by_alias=True))
+    command = [sys.executable, "-c", KILLED, step, str(number), str(tmp_path / "spec.json"), f"stop={STOP}"]
+    env = {**os.environ, "MILLRACE_HOME": str(home.root), "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env).returncode == -signal.SIGKILL
+    assert telling(home.root, STOP)
+    found = erase(home, spec, entity(spec))
+    assert telling(home.root, STOP) == []
+    assert (found.runs, found.releases) == (("run-1",), (made_release(home),))
+    assert files_of(home, "buses", made[2].digest)
+
+
+def test_an_entity_of_several_columns_is_only_where_all_hold(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    spec = made[1]
+    found = erase(home, spec, Entity.of(spec, ["line=L7", "trip=9002"]))
+    assert found.object_rows == 2  # announced, and departed
+    assert 9002 not in read_table(spec, home, ingest(spec, home), "departures")["trip"].to_pylist()
+    logged = pq.read_table(home.predictions("buses") / "hour=2024-05-06T12" / "w-000001.parquet")
+    assert logged.num_rows == 3
+    erase(home, spec, Entity.of(spec, ["line=L7", "trip=9001"]))
+    rows = {tuple(r.values()) for r in read_table(spec, home, ingest(spec, home), "trips").select(["line", "trip"]).to_pylist()}
+    assert not {("L7", 9001), ("L7", 9002)} & rows and ("L7", 9003) in rows
+
+
+@pytest.mark.parametrize(("key", "said"), [
+    ("stpo=x", "no source of buses has a column 'stpo'; nearest: 'stop'; write COLUMN=VALUE"),
+    ("trip=many", "invalid literal for int"), ("day=2024-05-06T12:00", "has no time zone"),
+    ("late=3.0", "give a value of a column of text"), ("stop=", "give a value of a column of text"),
+])  # fmt: skip
+def test_a_key_that_names_nothing(made: tuple[Home, Spec, Snapshot], key: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Entity.of(made[1], [key])
+    assert said in str(caught.value)
+
+
+def test_an_entity_that_is_not_there_changes_nothing(home: Home, tmp_path: Path, made: tuple[Home, Spec, Snapshot]) -> None:
+    path = tmp_path / "buses.yaml"
+    shutil.copy(made[0].root.parent / "buses.yaml", path)
+    done = millrace(home.root, "erase", str(path), "--key", "stop=nobody")
+    assert done.code == 2 and done.error == "error: no row of buses has stop = nobody"
+    assert not home.erased.exists()
+
+
