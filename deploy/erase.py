@@ -253,14 +253,17 @@ def _scrub_database(path: Path, value: str) -> bool:
     if not any(value.encode() in p.read_bytes() for p in (path, wal) if p.exists()):
         return False
     with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
+        db.execute("PRAGMA secure_delete = ON")
         db.create_function("scrub", 1, lambda text: re.sub(_word(value), "erased", text))
         for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE '%VIRTUAL%'").fetchall():
             for column in [row[1] for row in db.execute(f'PRAGMA table_info("{table}")')]:
                 db.execute(f'UPDATE "{table}" SET "{column}" = scrub("{column}") '
-                           f'WHERE typeof("{column}") = \'text\' AND instr("{column}", ?)', (value,))  # fmt: skip
+                           f'WHERE typeof("{column}") = \'text\' AND instr("{column}", ?) AND scrub("{column}") != "{column}"',
+                           (value,))  # fmt: skip
+        changed = db.total_changes > 0
         db.execute("VACUUM")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return True
+    return changed
 
 
 def _sign(path: Path) -> None:

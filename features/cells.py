@@ -260,6 +260,7 @@ class SqliteCells:
         self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
     def purge(self, ids: Sequence[str]) -> None:
+        self.db.execute("PRAGMA secure_delete = ON")
         self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
         self.db.execute("DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
         self.db.execute("VACUUM")
