@@ -163,7 +163,8 @@ def test_what_is_left_goes_on_working(home: Home, made: tuple[Home, Spec, Snapsh
     assert set(left["stop"].to_pylist()) == {"a", "b", "c", LIKE} and left.num_rows == snapshot.rows["trips"] - 40
     assert read_snapshot(home, "buses", snapshot.digest).rows["trips"] == left.num_rows
     told = {name: text for name, text in store.meta().items() if name != "whole_us"}  # it was written whole now
-    assert told == {name: meta[name] for name in told} and len(store.cells.keys(ROWS)) == keys - 40  # by the reader that was open all the time
+    assert told == {name: meta[name] for name in told}
+    assert len(store.cells.keys(ROWS)) == keys - 40  # by the reader that was open all the time
     frame = serve_features(store, [{"line": "L7", "day": NOON - DAY_US // 2, "trip": 9_050}], NOON + 60_000_000).frame
     assert np.isnan(frame["seats"][0])
     assert find_artifact(home.root, "training_set", "key") is not None
