@@ -18,13 +18,15 @@ import pytest
 
 from deploy.erase import erase
 from deploy.rollout import Release, bento_folder, feed_all, promote
+from features.cells import Event, open_cells
 from features.erased import Entity
 from features.ingest import Snapshot, ingest, read_snapshot, read_table
 from features.online import ROWS, OnlineStore, serve_features
+from features.push import BadEvent, Pusher
 from features.store import build_features
 from features.trainset import build_training_set
 from features.versions import Version, check_out, files_of, track
-from pipelines.clock import DAY_US, MISSING, Anchor, parse_time
+from pipelines.clock import DAY_US, MISSING, Anchor, parse_time, wall_us
 from pipelines.errors import UsageError
 from pipelines.home import Home, open_home
 from pipelines.manifest import ROOT, find_artifact, make_artifact, read_json, write_json
@@ -32,7 +34,7 @@ from pipelines.predlog import BASE
 from pipelines.spec import Spec
 from tests.command import millrace
 from tests.data.test_backfill import filled, yaml_of
-from tests.e2e.buses import EVERY, NOW, Buses
+from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 
 STOP, LIKE = "STOP-ERASE-77", "STOP-ERASE-778"  # the second one is another stop, and stays
 NOON = parse_time(NOW.isoformat())
@@ -256,3 +258,26 @@ def test_an_entity_that_is_not_there_changes_nothing(home: Home, tmp_path: Path,
     assert not home.erased.exists()
 
 
+
+
+def test_pushed_events_and_files_of_other_forms_tell_of_it_no_more(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    spec = made[1]
+    folder = next(home.root.glob("online/buses/*"))
+    row = {"stop": STOP, "zone": "z", "since": NOON - DAY_US // 2}
+    events = [Event(name, "stops", json.dumps({**row, "stop": stop}), wall_us()) for name, stop in (("one", STOP), ("two", LIKE))]
+    pusher = Pusher(spec, home, folder)
+    assert pusher.push(events, NOON + 60_000_000).taken == 2
+    csv = home.landing("buses") / "stops" / "more.csv"
+    csv.write_text(f"stop,zone,since\n{STOP},q,2024-05-01T00:00:00Z\n{LIKE},q,2024-05-01T00:00:00Z\n")
+    before = ingest(spec, home)
+    erase(home, spec, entity(spec))
+    assert telling(home.root, STOP) == []
+    assert not csv.exists() and pq.read_table(f"{csv}.parquet")["stop"].to_pylist() == [LIKE]
+    assert [event.id for event in open_cells(folder).events()] == ["two"]
+    after = ingest(spec, home)
+    assert before.rows["stops"] - after.rows["stops"] == 2 and after.new_files == 0
+    with pytest.raises(BadEvent, match="was erased"):
+        Pusher(spec, home, folder).push([events[0]], NOON + 60_000_000)
+    trip = {**trip_at(NOW + EVERY), "day": NOON - DAY_US // 2}
+    frame = serve_features(OnlineStore(spec, folder), [trip], NOON + 60_000_000).frame
+    assert frame["place__zone"][0] is not None
