@@ -41,7 +41,7 @@ NOON = parse_time(NOW.isoformat())
 def bytes_of(path: Path) -> bytes:
     """What a file says: Parquet read and as it is, and anything else as it is."""
     said = path.read_bytes()
-    if path.suffix == ".parquet":
+    if said[:4] == b"PAR1":  # whatever its name is: DVC's are md5s
         said += json.dumps(pq.ParquetFile(path).read().to_pydict(), default=str).encode()
         said += str(pq.read_schema(path).metadata).encode() + str(pq.read_metadata(path).to_dict()).encode()
     return said
