@@ -242,7 +242,7 @@ def _scrub_text(path: Path, value: str) -> bool:
 def _scrub_database(path: Path, value: str) -> bool:
     """Replaces the value in every text of a SQLite file, and leaves no free page with it."""
     wal = path.with_name(path.name + "-wal")
-    if not any(value.encode() in p.read_bytes() for p in (path, wal) if p.exists()):
+    if not any(re.search(_word(value).encode(), p.read_bytes()) for p in (path, wal) if p.exists()):
         return False
     with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
         db.create_function("scrub", 1, lambda text: re.sub(_word(value), "erased", text))
