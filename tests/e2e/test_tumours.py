@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.process import call
+from features.ingest import ingest
 from pipelines.home import Home
 from pipelines.manifest import ROOT, read_json
 from pipelines.predlog import read_log
 from pipelines.spec import load_spec
 from tests.command import QUICK, millrace
+from tests.data.test_lineage import kept, validate
 
 STAGES = ("ingest", "contract", "features", "training_set", "tune", "train", "evaluate", "package", "preflight", "release",
           "record")  # fmt: skip
@@ -64,6 +66,18 @@ def test_the_run_is_promoted_through_all_stages(tumours: tuple[Home, dict[str, A
     assert manifest["metrics"]["challenger"]["auc"]["value"] > 0.95
     assert re.fullmatch("[0-9a-f]{64}", outcome["result_digest"])
     assert sum(manifest["counts"][part] for part in ("train", "valid_fit", "valid_select", "test")) == 569
+
+
+def test_a_run_leaves_a_version_of_its_data_and_its_lineage(tumours: tuple[Home, dict[str, Any]], tmp_path: Path) -> None:
+    """Checked out elsewhere by the run's manifest alone."""
+    home, outcome = tumours
+    path = home.runs("tumours") / outcome["run_id"] / "manifest.json"
+    events = kept(home, "tumours")
+    assert [event["eventType"] for event in events] == ["START", "COMPLETE"] and all(map(validate, events))
+    assert [output["name"] for output in events[1]["outputs"]] == ["tumours.training_set", "tumours.model", "tumours.release"]
+    done = millrace(tmp_path, "checkout", "tumours", "--manifest", str(path), "--json")
+    assert done.code == 0 and done.answer["landed"] == 1, done.err
+    assert ingest(load_spec("tumours"), Home(tmp_path)).digest == read_json(path)["inputs"]["snapshot"]
 
 
 def test_the_report_says_that_no_time_guarantee_is_made(tumours: tuple[Home, dict[str, Any]]) -> None:
@@ -278,6 +292,7 @@ def test_a_refused_contract_ends_with_3_and_publishes_nothing(tumours: tuple[Hom
     assert millrace(copied_home.root, "releases", "tumours", "--json").answer["champion"] == release
     manifests = [read_json(p) for p in copied_home.runs("tumours").glob("*/manifest.json")]
     assert sorted(m["outcome"] for m in manifests) == ["promoted", "refused"]
+    assert kept(copied_home, "tumours")[-1]["eventType"] == "FAIL" and all(map(validate, kept(copied_home, "tumours")))
     assert not list(copied_home.root.rglob("*.partial"))
     landed.unlink()  # the way out: no run built on it
     assert millrace(copied_home.root, "run", "tumours", "--json", sets=QUICK).answer["outcome"] == "unchanged"
