@@ -208,6 +208,7 @@ e.erase(open_home(), spec, Entity.of(spec, sys.argv[4:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "number"), [
     ("_drop_rows", 2), ("_objects", 1), ("store_object", 2), ("_versions", 1), ("drop", 1), ("drop", 2), ("forget", 1),
     ("track", 1), ("_scrub", 1), ("_sign", 1), ("_serve", 1), ("feed", 1),

@@ -98,7 +98,7 @@ def batches(events: list[Event], seed: int) -> Iterator[list[Event]]:
 @pytest.mark.parametrize("block", range(3))
 def test_what_was_pushed_is_served_as_the_oracle_says(block: int, tmp_path: Path) -> None:
     found, pushed = [], 0
-    for seed in range(6_000 + 8 * block, 6_008 + 8 * block):
+    for seed in range(6_000 + 4 * block, 6_004 + 4 * block):
         one = half(seed, tmp_path / str(seed), str(tmp_path / str(seed) / "served"))
         pusher = one.pusher()
         for i, some in enumerate(batches(one.events, seed)):
@@ -106,7 +106,7 @@ def test_what_was_pushed_is_served_as_the_oracle_says(block: int, tmp_path: Path
             pushed += pusher.push(some, NOW).taken
         assert pusher.push(one.events, NOW).taken == 0
         found += [f"seed {seed}: {text}" for text in one.differences()]
-    assert found == [] and pushed > 50
+    assert found == [] and pushed > 25
 
 
 def test_the_stores_on_servers_take_events_too(place: str, tmp_path: Path) -> None:
