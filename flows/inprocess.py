@@ -42,7 +42,7 @@ def run_story(home: Home, name: str, pipeline: str, *arguments: Any, again: str)
         story = getattr(importlib.import_module(f"flows.{name}"), name)
         try:
             state: Any = story(pipeline, *arguments, return_state=True)
-            result = state.result(raise_on_failure=False)
+            result = result_of(state)
             _settle(f"{server.url}/api", str(state.state_details.flow_run_id))
         except Exception as error:  # Prefect's own: it gave up on its server
             result = error
@@ -56,6 +56,18 @@ def run_story(home: Home, name: str, pipeline: str, *arguments: Any, again: str)
     if state.name not in ("Completed", "Refused"):
         raise MillraceError(f"the flow ended {state.name}: {state.message}")
     return result
+
+
+def result_of(state: Any) -> Any:
+    """What a flow returned. A busy server may give its state back without that."""
+    from prefect.exceptions import MissingResult
+
+    from tasks.policy import ended
+
+    try:
+        return state.result(raise_on_failure=False)
+    except MissingResult:
+        return ended()
 
 
 def _settle(api: str, flow_run: str, *, wait_s: float = 10) -> None:
