@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from deploy.requests import BadRequest, Field, listed, typed_row
 from deploy.rollout import bento_spec, champion
-from features.cells import Event, open_cells
+from features.cells import Event, Meta
 from features.online import anchor_of
 from features.push import BadEvent, Pusher, Receipt
 from pipelines.clock import Clock, wall_us
@@ -68,9 +68,9 @@ class Intake:
         row = typed_row(f"{where}.row", item["row"], self.fields[item["source"]])
         return Event(item["id"], item["source"], json.dumps(row), wall)
 
-    def _now_us(self) -> int:
+    def _now_us(self, meta: Meta) -> int:
         """The endpoint's now."""
-        meta, clock = open_cells(self.store).meta(), self.spec.clock
+        clock = self.spec.clock
         if not meta or clock is None:
             raise MillraceError(f"the served store is not fed: run `millrace run {self.spec.pipeline}`")
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor_of(meta)).now_us()
@@ -92,7 +92,7 @@ class Intake:
 
     def _take(self, pusher: Pusher, taken: list[Waiting]) -> None:
         """All together; one by one where one of them cannot be taken."""
-        now = self._now_us()
+        now = self._now_us(pusher.cells.meta())
         try:
             together = pusher.push([event for events, _ in taken for event in events], now)
         except BadEvent:

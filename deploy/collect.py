@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.rollout import released
+from features.ingest import landing_index, snapshot_files
 from features.versions import drop, files_of, forget, objects_of, version_of
 from pipelines.home import Home
 from pipelines.manifest import read_json
@@ -37,7 +38,7 @@ def collect(home: Home, *, delete: bool = False) -> Collected:
         named = {pipeline: _named(home, pipeline) for pipeline in pipelines}
         idle: dict[str, list[Path]] = {"snapshots": [], "objects": [], "features": [], "artifacts": []}
         for pipeline in pipelines:
-            idle["snapshots"] += [p for p in _snapshots(home, pipeline) if p.stem not in named[pipeline]]
+            idle["snapshots"] += [p for p in snapshot_files(home, pipeline) if p.stem not in named[pipeline]]
             done = home.root.glob(f"features/{pipeline}/*/*/done.json")
             idle["features"] += [p.parent for p in done if read_json(p)["snapshot"] not in named[pipeline]]
         used = set(_used(home, named))
@@ -66,18 +67,13 @@ def _named(home: Home, pipeline: str) -> set[str]:
     return found | {release.snapshot for release in released(home, pipeline)}
 
 
-def _snapshots(home: Home, pipeline: str) -> list[Path]:
-    return [p for p in sorted(home.snapshots(pipeline).glob("*.json")) if p.name != "landing.json"]
-
-
 def _used(home: Home, named: dict[str, set[str]]) -> Iterator[str]:
     """Objects of named snapshots, and of what has landed."""
     for pipeline, snapshots in named.items():
-        for path in _snapshots(home, pipeline):
+        for path in snapshot_files(home, pipeline):
             if path.stem in snapshots:
                 yield from objects_of(read_json(path))
-        index = home.snapshots(pipeline) / "landing.json"
-        yield from (entry["object"] for entry in (read_json(index)["files"] if index.exists() else {}).values())
+        yield from (entry["object"] for entry in landing_index(home, pipeline).values())
 
 
 def _artifacts(home: Home) -> list[Path]:

@@ -22,10 +22,18 @@ import pyarrow.parquet as pq
 from deploy.rollout import released, served_stores
 from deploy.skew import requests
 from features.cells import writable_cells
-from features.erased import Entity, mark_of, true, write_mark
+from features.erased import Entity, mark_of, write_mark
 from features.feed import feed
-from features.ingest import landed_files, read_snapshot, read_table, store_object
-from features.keys import key_arrays, one_chunk, request_key, text_keys
+from features.ingest import (
+    landed_files,
+    landing_index,
+    read_snapshot,
+    read_table,
+    snapshot_files,
+    store_object,
+    write_landing_index,
+)  # fmt: skip
+from features.keys import key_arrays, one_chunk, request_key, text_keys, true
 from features.landed import read_landed
 from features.online import anchor_of
 from features.push import Delivery, event_tables
@@ -81,7 +89,7 @@ def erase(home: Home, spec: Spec, entity: Entity) -> Erased:
 
 def _seen(home: Home, pipeline: str, entity: Entity) -> dict[str, list[str]]:
     """Snapshots that hold rows of it, the runs on them, and the releases that came of these."""
-    bodies = {path.stem: read_json(path) for path in _snapshots(home, pipeline)}
+    bodies = {path.stem: read_json(path) for path in snapshot_files(home, pipeline)}
     bad = {sha for sha in {s for body in bodies.values() for s in objects_of(body)} if _holds(home, sha, entity)}
     snapshots = [digest for digest, body in bodies.items() if bad & objects_of(body)]
     inputs = {path.parent.name: read_json(path) for path in home.runs(pipeline).glob("*/inputs.json")}
@@ -99,7 +107,7 @@ def _pending(home: Home, spec: Spec, entity: Entity) -> pa.Array:
     path, keys = _pending_file(home, spec.pipeline), set()
     if path.exists():
         keys |= set(read_json(path)["rows"])
-    bodies = [read_json(p) for p in _snapshots(home, spec.pipeline)]
+    bodies = [read_json(p) for p in snapshot_files(home, spec.pipeline)]
     for sha in {sha for body in bodies for sha, _ in body["objects"].get(spec.rows.source, ())}:
         if _holds(home, sha, entity):
             table = pq.ParquetFile(home.objects / f"{sha}.parquet").read()
@@ -120,10 +128,6 @@ def row_keys(spec: Spec, table: pa.Table) -> pa.Array:
     return pa.nulls(table.num_rows, pa.string())
 
 
-def _snapshots(home: Home, pipeline: str) -> list[Path]:
-    return [p for p in sorted(home.snapshots(pipeline).glob("*.json")) if p.name != "landing.json"]
-
-
 def _landing(home: Home, spec: Spec) -> Iterator[Path]:
     for source in spec.sources:
         yield from sorted((home.landing(spec.pipeline) / source).rglob("*.parquet"))
@@ -137,9 +141,8 @@ def _holds(home: Home, sha: str, entity: Entity) -> bool:
 def _objects(home: Home, spec: Spec, entity: Entity) -> int:
     """Writes objects without its rows, names these in index and snapshots, then removes those that no one names."""
     pipeline = spec.pipeline
-    index_path = home.snapshots(pipeline) / "landing.json"
-    index = read_json(index_path)["files"] if index_path.exists() else {}
-    bodies = {path: read_json(path) for path in _snapshots(home, pipeline)}
+    index = landing_index(home, pipeline)
+    bodies = {path: read_json(path) for path in snapshot_files(home, pipeline)}
     named = {entry["object"] for entry in index.values()} | {sha for body in bodies.values() for sha in objects_of(body)}
     new, rows = {}, 0
     for sha in sorted(named):
@@ -163,7 +166,7 @@ def _objects(home: Home, spec: Spec, entity: Entity) -> int:
             stat = path.stat()
             entry |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_digest(path)}
         entry["object"] = new.get(entry["object"], entry["object"])
-    write_json(index_path, {"files": index})
+    write_landing_index(home, pipeline, index)
     shutil.rmtree(home.snapshots(pipeline) / "by_objects", ignore_errors=True)
     for path in bodies:  # the next contract compares with what is left
         snapshot = read_snapshot(home, pipeline, path.stem)
@@ -185,7 +188,7 @@ def _names(body: dict[str, Any]) -> set[str]:
 
 def _versions(home: Home, spec: Spec, snapshots: list[str]) -> None:
     """Removes old bytes from DVC's cache and remotes, and tracks what the snapshots are now."""
-    current = {f"objects/{sha}.parquet" for path in _snapshots(home, spec.pipeline) for sha in objects_of(read_json(path))}
+    current = {f"objects/{sha}.parquet" for path in snapshot_files(home, spec.pipeline) for sha in objects_of(read_json(path))}
     manifests = {path: read_json(path) for path in home.runs(spec.pipeline).glob("*/manifest.json")}
     for snapshot in snapshots:
         runs = {p: body for p, body in manifests.items() if body["inputs"]["snapshot"] == snapshot and "data_version" in body}

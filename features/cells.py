@@ -231,12 +231,10 @@ class SqliteCells:
             for some in _batches(new.cells):
                 self.db.executemany("DELETE FROM cells WHERE view = ? AND key = ?", [c[:2] for c in some if c[2] is None])
                 self.db.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", [c for c in some if c[2] is not None])
-            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
-            last = int(held.get(PUSHED, 0))
-            rows = [(last + i, e.id, e.source, e.row, e.wall_us) for i, e in enumerate(fresh, 1)]
+            fresh, meta = _numbered(new, held, self.seen([e.id for e in new.events]))
+            rows = [(e.number, e.id, e.source, e.row, e.wall_us) for e in fresh]
             self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
             self.db.execute("DELETE FROM events WHERE wall_us < ?", (wall_us() - KEPT_US,))
-            meta = {**new.meta, PUSHED: str(last + len(fresh))}
             self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
             return True
 
@@ -332,9 +330,7 @@ class RedisCells:
             new = decide(old)
             if new is None:
                 return False
-            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
-            last = int(old.get(PUSHED, 0))
-            meta = {**new.meta, PUSHED: str(last + len(fresh))}
+            fresh, meta = _numbered(new, old, self.seen([e.id for e in new.events]))
             if new.whole:
                 meta |= self._next_generation(new.cells)
             with self.db.pipeline(transaction=True) as pipe:
@@ -349,9 +345,9 @@ class RedisCells:
                         where = self._hash(old, view)
                         _ = pipe.hdel(where, key) if packed is None else pipe.hset(where, key, packed)
                     meta["views"] = " ".join(sorted({*old.get("views", "").split(), *(view for view, _, _ in changes)}))
-                for number, event in enumerate(fresh, last + 1):
-                    pipe.hset(f"{self.name}:ids", event.id, number)
-                    pipe.zadd(f"{self.name}:events", {json.dumps([event.id, event.source, event.row, event.wall_us]): number})
+                for e in fresh:
+                    pipe.hset(f"{self.name}:ids", e.id, e.number)
+                    pipe.zadd(f"{self.name}:events", {json.dumps([e.id, e.source, e.row, e.wall_us]): e.number})
                 pipe.hset(f"{self.name}:meta", mapping=meta)
                 pipe.execute()
             self._forget()
@@ -507,14 +503,13 @@ class PostgresCells:
                         "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed",
                         (self.name, [c[0] for c in held_on], [c[1].encode() for c in held_on], [c[2] for c in held_on]),
                     )
-            fresh = _fresh(new.events, self.seen([e.id for e in new.events]))
-            last = int(held.get(PUSHED, 0))
+            fresh, meta = _numbered(new, held, self.seen([e.id for e in new.events]))
             with db.cursor() as cursor:
-                rows = [(self.name, last + i, e.id, e.source, e.row, e.wall_us) for i, e in enumerate(fresh, 1)]
+                rows = [(self.name, e.number, e.id, e.source, e.row, e.wall_us) for e in fresh]
                 cursor.executemany("INSERT INTO millrace_events VALUES (%s, %s, %s, %s, %s, %s)", rows)
             db.execute("DELETE FROM millrace_events WHERE store = %s AND wall_us < %s", (self.name, wall_us() - KEPT_US))
             upsert = "INSERT INTO millrace_meta VALUES (%s, %s) ON CONFLICT (store) DO UPDATE SET meta = excluded.meta"
-            db.execute(upsert, (self.name, Jsonb({**held, **new.meta, PUSHED: str(last + len(fresh))})))
+            db.execute(upsert, (self.name, Jsonb({**held, **meta})))
             return True
 
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
@@ -567,9 +562,12 @@ class PostgresCells:
             raise StoreDown(self.place, error) from None
 
 
-def _fresh(events: Sequence[Event], seen: set[str]) -> list[Event]:
-    """The events that are not held yet, each once."""
-    return list({event.id: event for event in reversed(events) if event.id not in seen}.values())[::-1]
+def _numbered(update: Update, held: Meta, seen: set[str]) -> tuple[list[Event], Meta]:
+    """The events that are not held yet, each once, with their numbers; and the meta that names the last of these."""
+    fresh = list({event.id: event for event in reversed(update.events) if event.id not in seen}.values())[::-1]
+    last = int(held.get(PUSHED, 0))
+    numbered = [replace(event, number=last + i) for i, event in enumerate(fresh, 1)]
+    return numbered, {**update.meta, PUSHED: str(last + len(fresh))}
 
 
 def _batches(cells: Iterable[Change]) -> Iterator[list[Change]]:

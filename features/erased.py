@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from features.keys import SEPARATOR, true
 from pipelines.clock import iso, parse_time, wall_us
 from pipelines.errors import UsageError, nearest
 from pipelines.home import Home
 from pipelines.manifest import read_json, write_json
 from pipelines.spec import Spec
-
-SEPARATED = "\x1f"  # of the parts of a text key
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,6 @@ def _equal(column: pa.ChunkedArray, text: str) -> np.ndarray:
     return true(pc.equal(column.cast(pa.string()), text.lower() if pa.types.is_boolean(kind) else text))
 
 
-def true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A mask as numpy has it (bool, N): null is false."""
-    return np.asarray(pc.fill_null(mask, False)).astype(bool)
-
-
 # Marks
 
 
@@ -144,4 +138,4 @@ def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _digest(salt: str, values: Sequence[str]) -> str:
-    return hashlib.sha256(SEPARATED.join([salt, *values]).encode()).hexdigest()
+    return hashlib.sha256(SEPARATOR.join([salt, *values]).encode()).hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, text_keys
+from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, text_keys, true
 from pipelines.clock import MISSING, NEVER
 from pipelines.spec import Condition, Source, Spec
 
@@ -118,5 +118,4 @@ def holds(condition: Condition, column: pa.ChunkedArray) -> tuple[np.ndarray, np
     compare = {"gt": pc.greater, "ge": pc.greater_equal, "lt": pc.less, "le": pc.less_equal, "eq": pc.equal}[operator]
     if isinstance(bound, int | float) and not isinstance(bound, bool) and pa.types.is_boolean(column.type):
         column = column.cast(pa.int64())
-    true = compare(column, bound).fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
-    return true, column.is_valid().to_numpy(zero_copy_only=False).astype(bool)
+    return true(compare(column, bound)), true(column.is_valid())

@@ -51,8 +51,7 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
 
     Raises Refused, naming the file, for what cannot be read or believed.
     """
-    index_path = home.snapshots(spec.pipeline) / "landing.json"
-    index = read_json(index_path)["files"] if index_path.exists() else {}
+    index = landing_index(home, spec.pipeline)
     found = _landed(spec, home)
     taken = cache(lambda: _taken_in(spec, home))  # only a changed or deleted file asks for it
     for name in [n for n in index if n not in found and n.split("/")[0] in spec.sources]:
@@ -65,9 +64,9 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
             index[name] = _entry(spec, home, name, path, index.get(name), taken)
         _check_columns(spec, index)
     except Refused:
-        write_json(index_path, {"files": index})  # arrival is the first sight, whatever becomes of the snapshot
+        write_landing_index(home, spec.pipeline, index)  # arrival is the first sight, whatever becomes of the snapshot
         raise
-    write_json(index_path, {"files": index})
+    write_landing_index(home, spec.pipeline, index)
     return replace(_set_aside(spec, home, _publish(spec, home, index)), new_files=new)
 
 
@@ -201,18 +200,42 @@ def landed_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
 
 
-def read_new(spec: Spec, home: Home, snapshot: Snapshot, since: Snapshot, name: str) -> pa.Table | None:
-    """The facts of a source that `snapshot` knows and an earlier one may not; None where it lacks some that that one knows."""
+def grew_from(home: Home, snapshot: Snapshot, since: Snapshot) -> bool:
+    """Whether a snapshot knows every fact that an earlier one knows."""
+    now, then = (read_json(home.root / s.path)["objects"] for s in (snapshot, since))
+    lost = any(listed not in now[name] for name in then for listed in then[name])
+    return not lost and (since.until_us or 0) <= (snapshot.until_us or NEVER)
+
+
+def facts_since(spec: Spec, home: Home, snapshot: Snapshot, since: Snapshot, name: str, table: pa.Table) -> pa.Table:
+    """The facts of a source that a snapshot knows and the one that it grew from may not; `table`: all that it knows."""
     now, then = (read_json(home.root / s.path)["objects"][name] for s in (snapshot, since))
-    if any(listed not in now for listed in then) or (since.until_us or 0) > (snapshot.until_us or NEVER):
-        return None
-    table = read_table(spec, home, snapshot, name) if since.until_us is not None else None
     new = [listed for listed in now if listed not in then]
-    parts = [_merge(spec, name, home, new).table] if new else []
-    if table is not None:
+    parts = [_merge(spec, name, home, new).table] if new else [table.slice(0, 0)]
+    if since.until_us is not None:
         parts.append(table.filter(pc.greater(table[KNOWN].cast(pa.int64()), since.until_us)))
-    found = pa.concat_tables(parts) if parts else read_table(spec, home, snapshot, name).slice(0, 0)
+    found = pa.concat_tables(parts)
     return found if snapshot.until_us is None else found.filter(pc.less_equal(found[KNOWN].cast(pa.int64()), snapshot.until_us))
+
+
+def landing_index(home: Home, pipeline: str) -> dict[str, dict[str, Any]]:
+    """What was taken in: landing file → its object, when it arrived, and how it looked then."""
+    path = _index_path(home, pipeline)
+    return dict(read_json(path)["files"]) if path.exists() else {}
+
+
+def write_landing_index(home: Home, pipeline: str, files: dict[str, dict[str, Any]]) -> None:
+    """See `landing_index`."""
+    write_json(_index_path(home, pipeline), {"files": files})
+
+
+def _index_path(home: Home, pipeline: str) -> Path:
+    return home.snapshots(pipeline) / "landing.json"
+
+
+def snapshot_files(home: Home, pipeline: str) -> list[Path]:
+    """The file of every snapshot, named by its digest."""
+    return [p for p in sorted(home.snapshots(pipeline).glob("*.json")) if p != _index_path(home, pipeline)]
 
 
 def _landed(spec: Spec, home: Home) -> dict[str, Path]:
@@ -233,11 +256,12 @@ def store_object(table: pa.Table, home: Home) -> str:
     sha = values_digest(table)
     path = home.objects / f"{sha}.parquet"
     if not path.exists():
-        _write(table, path)
+        write_facts(table, path)
     return sha
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def write_facts(table: pa.Table, path: Path) -> None:
+    """Writes facts as Parquet: the file is whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.stem}.{os.getpid()}")
     try:
@@ -361,8 +385,9 @@ def _set_aside(spec: Spec, home: Home, snapshot: Snapshot) -> Snapshot:
     digest = digest_of({"snapshot": snapshot.digest, "set_aside": {name: values_digest(t) for name, t in aside.items()}})
     files = _files_of(spec, home)
     for name, table in aside.items():
-        place = quarantined(home, spec.pipeline, digest, name)
-        _write(_located(table, merged[name], body["landed"][name], np.flatnonzero(known[name])[found[name].mask], files), place)
+        places = np.flatnonzero(known[name])[found[name].mask]
+        located = _located(table, merged[name], body["landed"][name], places, files)
+        write_facts(located, quarantined(home, spec.pipeline, digest, name))
     body["watermark_us"] = max((us for t in tables.values() if (us := newest(t)) is not None), default=0)
     body["watermark"] = iso(body["watermark_us"])
     write_json(home.snapshots(spec.pipeline) / f"{digest}.json", body)
@@ -414,8 +439,7 @@ def _located(
 
 def _files_of(spec: Spec, home: Home) -> dict[str, str]:
     """Object → the first landing file that holds it."""
-    index = read_json(home.snapshots(spec.pipeline) / "landing.json")["files"]
-    return {entry["object"]: name for name, entry in sorted(index.items(), reverse=True)}
+    return {entry["object"]: name for name, entry in sorted(landing_index(home, spec.pipeline).items(), reverse=True)}
 
 
 def _same(array: pa.Array) -> pa.Array:

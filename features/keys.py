@@ -57,6 +57,11 @@ def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return encoded.dictionary.take(order), rank[filled(encoded.indices, len(order))]
 
 
+def true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A mask as numpy has it (bool, N): null is false."""
+    return np.asarray(pc.fill_null(mask, False)).astype(bool)
+
+
 def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
     """Position of each key in `known` (int64), −1 where it is null or not there."""
     found = pc.index_in(keys, value_set=known, skip_nulls=True)

@@ -6,7 +6,6 @@ them, where a fact that arrives there by another way too counts once.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,20 +14,31 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
 from features.erased import without_erased
 from features.facts import int_times
 from features.feed import Tables, changed_cells, recent
-from features.ingest import ARROW, Snapshot, extended, in_order, known_at, newest, read_new, read_snapshot, read_table
+from features.ingest import (
+    ARROW,
+    Snapshot,
+    extended,
+    facts_since,
+    grew_from,
+    in_order,
+    known_at,
+    newest,
+    read_snapshot,
+    read_table,
+    write_facts,
+)  # fmt: skip
 from features.keys import KNOWN
 from features.online import layout_digest
 from features.quarantine import own_reasons
 from pipelines.clock import MISSING, iso
 from pipelines.errors import MillraceError, nearest
 from pipelines.home import Home
-from pipelines.manifest import digest_of
+from pipelines.manifest import digest_of, write_atomic
 from pipelines.spec import Source, Spec
 
 MANY = 0.1  # share of new facts from which on a store is written whole
@@ -58,10 +68,7 @@ class Pusher:
 
     def push(self, events: Sequence[Event], now: int) -> Receipt:
         """Takes events whose facts are known by `now` (µs). All or none: raises BadEvent for one that cannot be taken."""
-        _refuse(self.spec, events, now)
-        for name, table in event_tables(self.spec, events).items():
-            if without_erased(self.home, self.spec.pipeline, table).num_rows < table.num_rows:
-                raise BadEvent(f"source {name!r}: an event is about an entity that was erased")
+        _refuse(self.spec, self.home, events, now)
         done: list[tuple[Tables, Receipt]] = []
 
         def decide(held: Meta) -> Update | None:
@@ -148,8 +155,8 @@ def _table(source: Source, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return table.append_column(KNOWN, known_at(table, source, 0))
 
 
-def _refuse(spec: Spec, events: Sequence[Event], now: int) -> None:
-    """Raises BadEvent for what the contract would refuse row by row, and for facts from the future."""
+def _refuse(spec: Spec, home: Home, events: Sequence[Event], now: int) -> None:
+    """Raises BadEvent for what the contract would refuse row by row, for facts from the future, and for what was erased."""
     by_source: dict[str, list[Event]] = {}
     for event in events:
         source = spec.sources.get(event.source)
@@ -161,8 +168,8 @@ def _refuse(spec: Spec, events: Sequence[Event], now: int) -> None:
             near = nearest(unknown[0], [*source.columns])
             raise BadEvent(f"event {event.id!r}: source {event.source!r} has no column {unknown[0]!r}{near}")
         by_source.setdefault(event.source, []).append(event)
-    for name, listed in by_source.items():
-        table = event_tables(spec, listed)[name]
+    for name, table in event_tables(spec, events).items():
+        listed = by_source[name]
         for (rule, column), wrong in own_reasons(spec.sources[name], table):
             if rule != "key" and wrong.any():
                 at = int(np.flatnonzero(wrong)[0])
@@ -173,6 +180,8 @@ def _refuse(spec: Spec, events: Sequence[Event], now: int) -> None:
             at = int(known.argmax())
             when = f"known at {iso(int(known[at]))}, and now it is {iso(now)}"
             raise BadEvent(f"event {listed[at].id!r} is from the future: {when}")
+        if without_erased(home, spec.pipeline, table).num_rows < table.num_rows:
+            raise BadEvent(f"source {name!r}: an event is about an entity that was erased")
 
 
 def pushed_events(stores: Iterable[Path | str]) -> list[Event]:
@@ -200,17 +209,9 @@ def land_pushed(spec: Spec, home: Home, events: Sequence[Event]) -> int:
     for name, table in event_tables(spec, fresh).items():
         ids = digest_of(sorted(event.id for event in fresh if event.source == name))
         path = home.landing(spec.pipeline) / name / f"pushed-{fresh[0].wall_us}-{ids[:12]}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            pq.write_table(table.drop_columns([KNOWN]), scratch)
-            scratch.replace(path)  # the same events again get the same name
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_facts(table.drop_columns([KNOWN]), path)  # the same events again get the same name
     if fresh:
-        scratch = index.with_name(f".pushed.{os.getpid()}")
-        scratch.write_text("\n".join(sorted(digest_of(event.id) for event in events)))
-        scratch.replace(index)
+        write_atomic(index, "\n".join(sorted(digest_of(event.id) for event in events)))
     return len(fresh)
 
 
@@ -238,10 +239,10 @@ class Delivery:
 
     def read_since(self, old: Snapshot) -> bool:
         """Looks up what is new since a snapshot that a store holds; False where it lacks facts of that, or brings many."""
-        found = {name: read_new(self.spec, self.home, self.snapshot, old, name) for name in self.spec.sources}
-        self.new = {name: table for name, table in found.items() if table is not None}
-        many = sum(table.num_rows for table in self.new.values()) > MANY * sum(self.snapshot.rows.values())
-        return len(self.new) == len(found) and not many
+        if not grew_from(self.home, self.snapshot, old):
+            return False
+        self.new = {name: facts_since(self.spec, self.home, self.snapshot, old, name, t) for name, t in self.tables.items()}
+        return sum(table.num_rows for table in self.new.values()) <= MANY * sum(self.snapshot.rows.values())
 
     def pushed(self) -> tuple[Sequence[Event], Iterable[Change]]:
         """Pushed events, and the cells that those of them change which the snapshot lacks."""

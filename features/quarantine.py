@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.keys import KNOWN, one_chunk, text_keys
+from features.keys import KNOWN, one_chunk, text_keys, true
 from pipelines.spec import Column, Source, Spec
 
 Why = tuple[str, str]  # rule, and its columns: ("order", "due, end")
@@ -69,7 +69,7 @@ class _Link:
     def grow(self, reasons: dict[Why, np.ndarray], found: Mapping[str, BadRows]) -> bool:
         """Adds the rows whose target is not there, or is bad; false when these were known."""
         known = self.known.filter(pa.array(~found[self.to].mask)) if self.to in found else self.known
-        lost = _true(pc.invert(pc.is_in(self.keys, value_set=known))) & _true(self.keys.is_valid())
+        lost = true(pc.invert(pc.is_in(self.keys, value_set=known))) & true(self.keys.is_valid())
         before = reasons.get(self.why, np.zeros(len(lost), bool))
         reasons[self.why] = before | lost
         return bool((lost & ~before).any())
@@ -82,33 +82,33 @@ def own_reasons(source: Source, table: pa.Table) -> Iterator[tuple[Why, np.ndarr
     yield ("key", ", ".join([*source.key, *labels])), _twice(source, table)
     for name, declared in source.columns.items():
         if source.nulls(name) == 0:
-            yield ("nulls", name), _true(columns[name].is_null())
+            yield ("nulls", name), true(columns[name].is_null())
         for rule, mask in _value_masks(columns[name], declared):
             yield (rule, name), mask
     event, known = source.event_time, source.known_at
     if source.kind == "observation" and event and known:
-        yield ("known_at", f"{event}, {known.column or 'known-at'}"), _true(pc.greater(columns[event], columns[KNOWN]))
+        yield ("known_at", f"{event}, {known.column or 'known-at'}"), true(pc.greater(columns[event], columns[KNOWN]))
     for low, high in source.order:
-        yield ("order", f"{low}, {high}"), _true(pc.greater(_finite(columns[low]), _finite(columns[high])))
+        yield ("order", f"{low}, {high}"), true(pc.greater(_finite(columns[low]), _finite(columns[high])))
 
 
 def _value_masks(array: pa.Array, declared: Column) -> Iterator[tuple[str, np.ndarray]]:
     if declared.type == "float64":
-        yield "finite", _true(pc.invert(pc.is_finite(array)))
+        yield "finite", true(pc.invert(pc.is_finite(array)))
     if declared.min is not None or declared.max is not None:
         numbers, outside = _finite(array), np.zeros(len(array), bool)
         if declared.min is not None:
-            outside |= _true(pc.less(numbers, declared.min))
+            outside |= true(pc.less(numbers, declared.min))
         if declared.max is not None:
-            outside |= _true(pc.greater(numbers, declared.max))
+            outside |= true(pc.greater(numbers, declared.max))
         yield "range", outside
     if declared.values is not None:
         listed = pa.array(declared.values, pa.string())
-        yield "values", _true(pc.invert(pc.is_in(array, value_set=listed))) & _true(array.is_valid())
+        yield "values", true(pc.invert(pc.is_in(array, value_set=listed))) & true(array.is_valid())
     if declared.pattern is not None:
         expression = re.compile(declared.pattern)
         match = [v for v in array.unique().to_pylist() if v is not None and expression.search(v)]
-        yield "pattern", _true(pc.invert(pc.is_in(array, value_set=pa.array(match, pa.string())))) & _true(array.is_valid())
+        yield "pattern", true(pc.invert(pc.is_in(array, value_set=pa.array(match, pa.string())))) & true(array.is_valid())
 
 
 def _twice(source: Source, table: pa.Table) -> np.ndarray:
@@ -116,7 +116,7 @@ def _twice(source: Source, table: pa.Table) -> np.ndarray:
     twice = np.zeros(table.num_rows, bool)
     names = text_keys([table[k] for k in source.key], table.num_rows)
     known = one_chunk(table[KNOWN]).cast(pa.int64())
-    same = _true(pc.and_(pc.equal(names[1:], names[:-1]), pc.equal(known[1:], known[:-1])))
+    same = true(pc.and_(pc.equal(names[1:], names[:-1]), pc.equal(known[1:], known[:-1])))
     twice[1:] |= same
     twice[:-1] |= same
     return twice
@@ -125,8 +125,3 @@ def _twice(source: Source, table: pa.Table) -> np.ndarray:
 def _finite(array: pa.Array) -> pa.Array:
     """NaN and infinity have a rule of their own."""
     return pc.if_else(pc.is_finite(array), array, pa.scalar(None, array.type)) if pa.types.is_floating(array.type) else array
-
-
-def _true(mask: pa.Array) -> np.ndarray:
-    """A mask as numpy, null as false."""
-    return np.asarray(mask.fill_null(False).to_numpy(zero_copy_only=False), bool)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import yaml
 
-from features.ingest import read_snapshot, values_digest
+from features.ingest import landing_index, read_snapshot, values_digest, write_landing_index
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import ROOT, file_digest, lock, read_json, write_atomic, write_json
@@ -101,7 +101,7 @@ def _lay_out(home: Home, pipeline: str, snapshot: str, folder: Path) -> None:
     for sha in shas:
         os.link(home.objects / f"{sha}.parquet", folder / "objects" / f"{sha}.parquet")
     shutil.copy(body, folder / "snapshot.json")
-    index = read_json(home.snapshots(pipeline) / "landing.json")["files"]
+    index = landing_index(home, pipeline)
     landed = {name: {k: entry[k] for k in ("object", "arrival_us")} for name, entry in index.items() if entry["object"] in shas}
     write_json(folder / "landing.json", {"files": landed})
 
@@ -169,8 +169,8 @@ def _take_in(home: Home, folder: Path) -> int:
 
 def _land(home: Home, pipeline: str, folder: Path) -> int:
     """Writes objects as the landing files that they came from, with their arrival."""
-    root, index = home.landing(pipeline), home.snapshots(pipeline) / "landing.json"
-    if index.exists() or (root.exists() and any(p.is_file() for p in root.rglob("*"))):
+    root = home.landing(pipeline)
+    if landing_index(home, pipeline) or (root.exists() and any(p.is_file() for p in root.rglob("*"))):
         return 0
     files = {}
     for landed, entry in read_json(folder / "landing.json")["files"].items():
@@ -180,7 +180,7 @@ def _land(home: Home, pipeline: str, folder: Path) -> int:
         stat = (root / name).stat()
         sha = file_digest(root / name)
         files[name] = {**entry, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "columns": ""}
-    write_json(index, {"files": files})
+    write_landing_index(home, pipeline, files)
     return len(files)
 
 

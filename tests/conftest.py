@@ -67,16 +67,9 @@ def buses(tmp_path_factory: pytest.TempPathFactory) -> Buses:
 def copied_home(tumours_home: Home, tmp_path: Path) -> Home:
     """A copy of the released home, to be changed; what still runs there in the end is stopped."""
     home = tmp_path / "copied"
-    shutil.copytree(tumours_home.root, home, ignore=shutil.ignore_patterns("services"), copy_function=_copied)
+    shutil.copytree(tumours_home.root, home, ignore=shutil.ignore_patterns("services"))
     return Home(home)
 
-
-def _copied(source: str, target: str) -> str:
-    """Copies a file; one that goes meanwhile, such as a lock of a process that is ending, is left out."""
-    try:
-        return shutil.copy2(source, target)
-    except FileNotFoundError:
-        return target
 
 
 @pytest.fixture(scope="session")

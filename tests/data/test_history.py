@@ -15,6 +15,7 @@ from features.ingest import ARROW, Snapshot, ingest
 from pipelines.errors import Refused, UsageError
 from pipelines.home import Home, open_home
 from pipelines.spec import Spec
+from tests.data.lines import lines_spec
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
 DAYS = 30
@@ -27,13 +28,7 @@ Columns = dict[str, Any]
 
 
 def spec_of(**drift: Any) -> Spec:
-    source = {"key": ["id"], "event_time": "at", "known_at": {"column": "seen"}, "columns": COLUMNS, "drift": drift}
-    return Spec.model_validate({
-        "pipeline": "lines", "title": "Late?", "sources": {"trips": source},
-        "rows": {"from": "trips", "key": ["id"]}, "predict_at": {"column": "at", "lead": "10m", "tolerance": "1m"},
-        "label": {"from": "trips", "column": "late", "gt": 5}, "label_delay": "1h",
-        "split": {"train": "1d", "valid_fit": "1d", "valid_select": "1d", "test": "1d", "purge": "1h"},
-    })  # fmt: skip
+    return lines_spec(COLUMNS, drift=drift)
 
 
 SPEC = spec_of()

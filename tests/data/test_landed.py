@@ -18,6 +18,7 @@ from features.landed import ARROW
 from pipelines.errors import Refused
 from pipelines.home import Home, open_home
 from pipelines.spec import Spec
+from tests.data.lines import lines_spec
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 COLUMNS: dict[str, Any] = {
@@ -28,13 +29,7 @@ Row = dict[str, Any]
 
 
 def spec_of(**columns: Any) -> Spec:
-    source = {"key": ["id"], "event_time": "at", "known_at": {"column": "seen"}, "columns": {**COLUMNS, **columns}}
-    return Spec.model_validate({
-        "pipeline": "lines", "title": "Late?", "sources": {"trips": source},
-        "rows": {"from": "trips", "key": ["id"]}, "predict_at": {"column": "at", "lead": "10m", "tolerance": "1m"},
-        "label": {"from": "trips", "column": "late", "gt": 5}, "label_delay": "1h",
-        "split": {"train": "1d", "valid_fit": "1d", "valid_select": "1d", "test": "1d", "purge": "1h"},
-    })  # fmt: skip
+    return lines_spec({**COLUMNS, **columns})
 
 
 SPEC = spec_of()
