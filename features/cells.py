@@ -10,7 +10,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -136,8 +136,7 @@ def open_cells(store: Path | str) -> Held:
     folder = _folder(store)
     if folder is None:
         return _remote(str(store))
-    made = SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else None
-    return made if made is not None and made.has("meta") else NoCells({})
+    return SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else NoCells({})
 
 
 def writable_cells(store: Path | str) -> Cells:
@@ -174,15 +173,26 @@ class SqliteCells:
             self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self.db.execute("PRAGMA journal_mode=WAL")
+        if not path.exists():  # whole or not there: a reader cannot mend what a killed writer leaves
+            scratch = folder / f".{self.FILE}.{uuid.uuid4().hex}"
+            self._made(scratch).close()
+            with suppress(FileExistsError):
+                os.link(scratch, path)
+            scratch.unlink()
+        self.db = self._made(path)
+
+    @staticmethod
+    def _made(path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        db.execute("PRAGMA journal_mode=WAL")
         for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID",
                       "events (number INTEGER PRIMARY KEY, id TEXT UNIQUE, source TEXT, row TEXT, wall_us INTEGER)",
                       "meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"):  # fmt: skip
-            self.db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        return db
 
     def has(self, table: str) -> bool:
-        """Whether the file has a table: a writer that was killed may have left it without, and older ones lack some."""
+        """Whether the file has a table: those of older versions lack some."""
         return bool(self.db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchall())
 
     def meta(self) -> Meta:

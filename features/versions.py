@@ -75,9 +75,14 @@ def track(home: Home, pipeline: str, snapshot: str, remote: str = "") -> Version
             if found is None:
                 folder = path.with_suffix("")
                 shutil.rmtree(folder, ignore_errors=True)
-                _lay_out(home, pipeline, snapshot, folder)
-                repo.add(str(folder))
-                shutil.rmtree(folder)
+                try:
+                    _lay_out(home, pipeline, snapshot, folder)
+                    repo.add(str(folder))
+                except BaseException:
+                    path.unlink(missing_ok=True)  # half-written on a full disk
+                    raise
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
             try:
                 repo.push(targets=[str(path)])
             except Exception as error:  # whatever the remote's library raises
@@ -217,14 +222,13 @@ def _repo(home: Home, url: str) -> Iterator["Repo"]:
 
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if not (home.dvc / ".dvc").exists():
-        home.dvc.mkdir(parents=True, exist_ok=True)
-        Repo.init(str(home.dvc), no_scm=True).close()
-    with Repo(str(home.dvc)) as made, made.config.edit() as config:
-        config["core"] |= {"analytics": False, "no_scm": True, "remote": "store", "site_cache_dir": str(home.dvc / ".dvc/site")}
-        config["cache"] = {"type": "hardlink,copy"}
-        config["remote"] = {"store": {"url": url}}
-    with Repo(str(home.dvc)) as repo:
+    (home.dvc / ".dvc").mkdir(parents=True, exist_ok=True)
+    config = {
+        "core": {"analytics": False, "no_scm": True, "remote": "store", "site_cache_dir": str(home.dvc / ".dvc/site")},
+        "cache": {"type": ["hardlink", "copy"]},
+        "remote": {"store": {"url": url}},
+    }
+    with Repo(str(home.dvc), config=config) as repo:  # no file of it, which a full disk could leave half-written
         yield repo
 
 

@@ -1,6 +1,7 @@
 """The served store in SQLite, Redis and Postgres: one contract, real servers."""
 
-import sqlite3
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -57,15 +58,20 @@ def test_a_feed_that_is_not_needed_writes_nothing(place: str) -> None:
     assert look(open_cells(place))[0] == "m"
 
 
-@pytest.mark.parametrize("tables", [(), ("cells",)])
-def test_a_file_that_a_killed_writer_left_without_its_tables_is_an_empty_store(tmp_path: Path, tables: tuple[str, ...]) -> None:
-    db = sqlite3.connect(tmp_path / "store.sqlite")
-    db.execute("PRAGMA journal_mode=WAL")
-    for table in tables:
-        db.execute(f"CREATE TABLE {table} (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID")
-    db.close()
-    assert open_cells(tmp_path).meta() == {}
-    assert fill(str(tmp_path), "m") and look(open_cells(tmp_path))[0] == "m"
+@pytest.mark.parametrize("part", range(40))
+def test_a_writer_killed_while_it_makes_the_file_leaves_an_empty_store(tmp_path: Path, part: int) -> None:
+    start = time.perf_counter()
+    writable_cells(tmp_path / "timed")
+    took = time.perf_counter() - start
+    child = os.fork()
+    if not child:
+        writable_cells(tmp_path / "killed")
+        time.sleep(60)
+    time.sleep(took * part / 30)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert open_cells(tmp_path / "killed").meta() == {}
+    assert fill(str(tmp_path / "killed"), "m") and look(open_cells(tmp_path / "killed"))[0] == "m"
 
 
 def test_a_feed_that_breaks_leaves_what_was_there(place: str) -> None:
