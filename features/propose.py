@@ -310,7 +310,7 @@ def _sparse(spec: Spec, name: str, view: View, sizes: _Sizes) -> list[Dropped]:
 
 # Back to what was chosen
 
-_PARTS = ("last", "next", "mean", "std", "min", "max", "nunique", "newest", "columns", "over", "share", "facts", "change",
+_PARTS = ("last", "next", "sum", "mean", "std", "min", "max", "nunique", "newest", "columns", "over", "share", "facts", "change",
           "ewm", "count", "since")  # fmt: skip
 
 

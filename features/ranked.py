@@ -1,55 +1,59 @@
 """Which of the facts that are live at t ranks first: what least, greatest and newest values are taken from.
 
-N facts, each live for enter ≤ t < leave, with a rank of its own among them; Q instants. All int64.
+N facts, each live for enter ≤ t < leave, with a rank of its own among them; Q instants, sorted by key. All int64.
 """
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 import numpy as np
 
-from features.steps import as_of, bisect, order_of, starts
+from features.steps import as_of, order_of, starts
 from pipelines.clock import NEVER
 
 
 def first_live(
-    code: np.ndarray, enter: np.ndarray, leave: np.ndarray, rank: np.ndarray, at: np.ndarray, t: np.ndarray, keys: int
-) -> np.ndarray:  # fmt: skip
-    """For each instant (key code `at`, `t`) the position of the live fact of greatest rank, −1 where none is (Q)."""
-    found = np.full(len(t), -1)
+    code: np.ndarray, enter: np.ndarray, leave: np.ndarray, ranks: Sequence[np.ndarray],
+    at: np.ndarray, t: np.ndarray, entered: np.ndarray, live: np.ndarray, keys: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """For each rank (N, −1: takes no part) and instant the position of the live fact of greatest rank, −1 where none (Q).
+
+    An instant is a key code `at` and `t`; `entered`: how many of its key's facts have entered by then, `live` of them live.
+    """
     order = order_of(code, enter)
     order = order[enter[order] < leave[order]]
-    if not len(order):
-        return found
-    code, enter, leave, rank = code[order], enter[order], leave[order], rank[order]
+    code, enter, leave = code[order], enter[order], leave[order]
     torn = np.zeros(keys, bool)  # keys where a fact leaves before one that came earlier, such as a corrected one
     torn[code[1:][(code[1:] == code[:-1]) & (leave[1:] < leave[:-1])]] = True
-    plain = ~torn[at]
-    found[plain] = _in_turn(code, enter, leave, rank, at[plain], t[plain], torn)
-    if not plain.all():
-        some = np.flatnonzero(torn[code])
-        changed, since, winner = changes(code[some], enter[some], leave[some], rank[some])
-        newest = as_of(starts(changed, keys), since, at[~plain], t[~plain])
-        found[~plain] = np.where(newest >= 0, np.append(some, -1)[winner[newest]], -1) if len(winner) else -1
-    return np.where(found >= 0, order[found], -1)
+    plain = np.flatnonzero(~torn[at] & (live > 0))  # facts leave in the order in which they came: the live ones are neighbours
+    hi = starts(code, keys)[at[plain]] + entered[plain]
+    lo, some = hi - live[plain], np.flatnonzero(torn[code])
+    swept = np.flatnonzero(torn[at]) if len(some) else some
+    every = []
+    for rank in (rank[order] for rank in ranks):
+        found = np.full(len(t), -1)
+        if len(order):
+            found[plain] = _greatest(code, rank, lo, hi)
+        if len(some):
+            ranked = some[rank[some] >= 0]
+            changed, since, winner = changes(code[ranked], enter[ranked], leave[ranked], rank[ranked])
+            newest = as_of(starts(changed, keys), since, at[swept], t[swept])
+            found[swept] = np.append(np.append(ranked, -1)[winner], -1)[newest]
+        every.append(np.append(order, -1)[found])
+    return every
 
 
-def _in_turn(
-    code: np.ndarray, enter: np.ndarray, leave: np.ndarray, rank: np.ndarray, at: np.ndarray, t: np.ndarray, torn: np.ndarray
-) -> np.ndarray:  # fmt: skip
-    """The same for keys whose facts leave in the order in which they came: those live at t are neighbours."""
-    start = starts(code, len(torn))
-    hi = bisect(start, enter, at, t, right=True)
-    # bisect takes sorted runs: those of torn keys are not asked for
-    lo = bisect(start, np.where(torn[code], enter, leave), at, t, right=True)
-    some = np.flatnonzero(lo < hi)
-    lo, hi = lo[some], hi[some]
-    found = np.full(len(t), -1)
-    place = np.empty(int(rank.max()) + 1, np.int64)
+def _greatest(code: np.ndarray, rank: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """Where the greatest rank is among the neighbours lo ≤ i < hi, −1 where none of them has one (Q)."""
+    if (rank >= 0).all() and ((rank[1:] > rank[:-1]) | (code[1:] != code[:-1])).all():
+        return hi - 1
+    place = np.full(int(rank.max()) + 2, -1)
     place[rank] = np.arange(len(rank))
-    width, best = hi - lo, rank
+    place[-1] = -1
+    found, best, width = np.empty(len(lo), np.int64), rank, hi - lo
     for level in range(int(width.max(initial=0)).bit_length()):  # best: greatest rank of 2^level neighbours
         here = np.flatnonzero((width >> level) == 1)
-        found[some[here]] = place[np.maximum(best[lo[here]], best[hi[here] - (1 << level)])]
+        found[here] = place[np.maximum(best[lo[here]], best[hi[here] - (1 << level)])]
         best = np.maximum(best[: -(1 << level)], best[1 << level :]) if len(best) > 1 << level else best
     return found
 

@@ -45,7 +45,7 @@ def absent(name: str) -> int:
 def window_columns(shape: Window) -> tuple[str, ...]:
     """The integers that a window view is kept as."""
     found = ["_count"]
-    for column in dict.fromkeys((*shape.mean, *shape.std)):
+    for column in shape.added:
         found += [f"_{column}_n", f"_{column}_sum"] + [f"_{column}_squares"] * (column in shape.std)
     for share, condition in shape.share.items():
         found += [f"_{condition.column}_n", f"_{share}_hits"]
@@ -106,6 +106,7 @@ def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
     if isinstance(shape, Window):
         for prefix in (stored.name for stored in stored_of(spec, name, view)):
             found |= {f"{prefix}__count": "number"} if shape.count else {}
+            found |= {f"{prefix}__{c}_sum": "number" for c in shape.sum}
             found |= {f"{prefix}__{c}_mean": "number" for c in shape.mean}
             found |= {f"{prefix}__{c}_std": "number" for c in shape.std}
             found |= {f"{prefix}__{c}_share": "number" for c in shape.share}
@@ -147,6 +148,8 @@ def derive(
         for prefix, columns in raw.items():
             if shape.count:
                 found[f"{prefix}__count"] = columns["_count"].astype(np.float64)
+            for c in shape.sum:
+                found[f"{prefix}__{c}_sum"] = columns[f"_{c}_sum"].astype(np.float64) * resolution(source, c)
             for c in shape.mean:
                 n, total = columns[f"_{c}_n"], columns[f"_{c}_sum"]
                 found[f"{prefix}__{c}_mean"] = _ratio(total, n) * resolution(source, c)

@@ -78,7 +78,7 @@ def window_values(source: Source, shape: Window, table: pa.Table, rows: np.ndarr
     """What each fact adds to the sums of a window view (int64, N: the rows)."""
     at = pa.array(rows)
     found: Columns = {"_count": np.ones(len(rows), np.int64)}
-    for name in dict.fromkeys((*shape.mean, *shape.std)):
+    for name in shape.added:
         values = floats(table[name].take(at))
         found[f"_{name}_n"] = (~np.isnan(values)).astype(np.int64)
         found[f"_{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
@@ -100,10 +100,9 @@ def edges(over: np.ndarray, length: int, *, ahead: bool) -> tuple[np.ndarray, np
 class Ranked:
     """Columns of a window view that are taken from the live fact that ranks first.
 
-    `at`: which facts of the group take part; `rank` and `values` (MISSING for null) are theirs.
+    `rank`: of each fact of the group, −1 where it takes no part; `values`: MISSING for null.
     """
 
-    at: np.ndarray
     rank: np.ndarray
     values: Columns
 
@@ -112,14 +111,31 @@ class Ranked:
 class WindowFacts:
     """What each fact of a group (N) gives to a window view, whatever the window's length.
 
-    `numbers`: columns in whole steps of their resolution, MISSING for null; `distinct`: codes of values, −1 for null.
+    `numbers`: columns in whole steps of their resolution, MISSING for null.
     """
 
     group: Group
     sums: Columns
     numbers: Columns
     ranked: list[Ranked]
-    distinct: Columns
+    distinct: dict[str, "Pairs"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of key and value, in order (P): the code of each one's key; and which pair each fact is (N, −1: null)."""
+
+    key: np.ndarray
+    fact: np.ndarray
+
+
+def _pairs(group: Group, values: np.ndarray) -> Pairs:
+    """`values`: codes, −1 for null (N)."""
+    there, width = np.flatnonzero(values >= 0), int(values.max(initial=0)) + 1
+    pairs, pair = np.unique(group.code[there] * width + values[there], return_inverse=True)
+    fact = np.full(len(values), -1)
+    fact[there] = pair
+    return Pairs(pairs // width, fact)
 
 
 def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -> WindowFacts:
@@ -131,13 +147,14 @@ def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -
     ranked = []
     for suffix, sign, columns in (("min", -1, shape.min), ("max", 1, shape.max)):
         for name in columns:
-            some = np.flatnonzero(numbers[name] != MISSING)
-            ranked.append(Ranked(some, _ranks(sign * numbers[name][some]), {f"_{name}_{suffix}": numbers[name][some]}))
+            there = numbers[name] != MISSING
+            rank = np.full(len(there), -1)
+            rank[there] = _ranks(sign * numbers[name][there])
+            ranked.append(Ranked(rank, {f"_{name}_{suffix}": numbers[name]}))
     taken = {f"_{name}_newest": numbers[name] for name in shape.newest} | ({"_newest": group.over} if shape.since else {})
     if taken:
-        rank = _ranks(group.over, group.known_from, facts.fact[group.row])
-        ranked.append(Ranked(np.arange(len(rank)), rank, taken))
-    distinct = {name: grouped(one_chunk(facts.table[name].take(at)))[1] for name in shape.nunique}
+        ranked.append(Ranked(_ranks(group.over, group.known_from, facts.fact[group.row]), taken))
+    distinct = {name: _pairs(group, grouped(one_chunk(facts.table[name].take(at)))[1]) for name in shape.nunique}
     return WindowFacts(group, window_values(source, shape, facts.table, group.row), numbers, ranked, distinct)
 
 
@@ -154,7 +171,8 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
     begin, end = edges(group.over, length, ahead=ahead)
     enter = np.maximum(np.maximum(group.known_from, begin), since)
     leave = np.minimum(group.known_to, end)
-    moves = _span(enter, leave, of.sums)
+    (came, stays, values), *moves = _span(enter, leave, of.sums)
+    moves = [(came, stays, values | {"_entered": of.sums["_count"]}), *moves]
     if shape.ewm is not None:
         moves += ewm_moves(shape.ewm, of, enter, leave, length)
     steps = accumulate(group.keys, group.code, moves)
@@ -163,13 +181,14 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
     at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
-    for name, values in of.distinct.items():
-        steps.columns[f"_{name}_nunique"] = distinct(values, group, enter, leave, at, steps.t)
-    for ranked in of.ranked:
-        some = ranked.at
-        first = first_live(group.code[some], enter[some], leave[some], ranked.rank, at, steps.t, len(group.keys))
-        for name, column in ranked.values.items():
-            steps.columns[name] = np.append(column, MISSING)[first]
+    for name, pairs in of.distinct.items():
+        steps.columns[f"_{name}_nunique"] = distinct(pairs, group, enter, leave, at, steps.t)
+    entered, live = steps.columns.pop("_entered"), steps.columns["_count"]
+    if of.ranked:
+        ranks = [ranked.rank for ranked in of.ranked]
+        first = first_live(group.code, enter, leave, ranks, at, steps.t, entered, live, len(group.keys))
+        for ranked, found in zip(of.ranked, first, strict=True):
+            steps.columns.update({name: np.append(column, MISSING)[found] for name, column in ranked.values.items()})
     return steps
 
 
@@ -202,21 +221,17 @@ def ewm_moves(ewm: Ewm, of: WindowFacts, enter: np.ndarray, leave: np.ndarray, l
     return _span(enter, np.minimum(leave, turn), now) + _span(np.maximum(enter, turn), leave, before)
 
 
-def distinct(
-    values: np.ndarray, group: Group, enter: np.ndarray, leave: np.ndarray, at: np.ndarray, t: np.ndarray
-) -> np.ndarray:  # fmt: skip
-    """Distinct values (codes, N) among the live facts of each key (code `at`) at each instant (Q)."""
-    there = np.flatnonzero((values >= 0) & (enter < leave))
-    width = int(values.max(initial=0)) + 1
-    pairs, pair = np.unique(group.code[there] * width + values[there], return_inverse=True)
+def distinct(pairs: Pairs, group: Group, enter: np.ndarray, leave: np.ndarray, at: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Distinct values among the live facts of each key (code `at`) at each instant (Q)."""
+    there = np.flatnonzero((pairs.fact >= 0) & (enter < leave))
     one = {"n": np.ones(len(there), np.int64)}
-    live = accumulate(pa.array(pairs), pair, _span(enter[there], leave[there], one))
-    of = np.repeat(np.arange(len(pairs)), np.diff(live.start))
+    live = accumulate(pa.array(pairs.key), pairs.fact[there], _span(enter[there], leave[there], one))
+    of = np.repeat(pairs.key, np.diff(live.start))
     n = live.columns["n"]
     before = np.append(0, n[:-1])[: len(n)]
-    before[live.start[:-1]] = 0
+    before[live.start[:-1][np.diff(live.start) > 0]] = 0
     move = np.sign(n) - np.sign(before)  # a value comes, or goes
-    steps = accumulate(group.keys, (pairs // width)[of], [(live.t, move != 0, {"n": move})])
+    steps = accumulate(group.keys, of, [(live.t, move != 0, {"n": move})])
     found = as_of(steps.start, steps.t, at, t)
     return np.append(steps.columns["n"], 0)[found]
 

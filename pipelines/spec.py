@@ -198,6 +198,7 @@ class Window(Model):
     last: tuple[Duration, ...] = Field((), description="lengths of past windows (t − w, t]")
     next: tuple[Duration, ...] = Field((), description="lengths of future windows (t, t + w], over plans")
     count: bool = Field(True, description="number of facts")
+    sum: tuple[str, ...] = Field((), description="number columns whose sum is taken; 0 of no fact")
     mean: tuple[str, ...] = Field((), description="number columns whose mean is taken")
     std: tuple[str, ...] = Field((), description="number columns whose standard deviation is taken")
     share: dict[str, Condition] = Field({}, description="name → condition whose share of facts is taken")
@@ -209,10 +210,15 @@ class Window(Model):
     ewm: Ewm | None = Field(None, description="exponentially weighted means")
 
     @property
+    def added(self) -> tuple[str, ...]:
+        """The columns whose values are added up."""
+        return tuple(dict.fromkeys((*self.sum, *self.mean, *self.std)))
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The columns that are kept in whole steps of their resolution."""
         ewm = self.ewm.columns if self.ewm else ()
-        return tuple(dict.fromkeys((*self.mean, *self.std, *self.min, *self.max, *self.newest, *ewm)))
+        return tuple(dict.fromkeys((*self.added, *self.min, *self.max, *self.newest, *ewm)))
 
     @model_validator(mode="after")
     def _some(self) -> "Window":

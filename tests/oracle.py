@@ -211,6 +211,9 @@ class Oracle:
         found: Version = {}
         if view.get("count", True):
             found[f"{prefix}__count"] = len(inside)
+        for column in view.get("sum", ()):
+            resolution = self.resolution(view["from"], column)
+            found[f"{prefix}__{column}_sum"] = float(sum(steps([f.row[column] for f in inside], resolution))) * resolution
         for column in view.get("mean", ()):
             resolution = self.resolution(view["from"], column)
             found[f"{prefix}__{column}_mean"] = mean([f.row[column] for f in inside], resolution)

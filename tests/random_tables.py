@@ -247,7 +247,7 @@ def random_aggregates(draw: random.Random, settings: Settings, window: Settings)
     """Aggregates that are not sums, in some windows."""
     if draw.random() < 0.3:
         return {}
-    some = {kind: draw.sample("xnb", draw.randint(0, 3)) for kind in ("min", "max")}
+    some = {kind: draw.sample("xnb", draw.randint(0, 3)) for kind in ("min", "max", "sum")}
     some["nunique"] = draw.sample([*settings["columns"]], draw.randint(0, 3))
     if "next" in window:
         return some

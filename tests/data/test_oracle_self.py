@@ -155,6 +155,12 @@ def test_no_key_means_all_facts() -> None:
     assert window(100, facts, {"g": None}, key=[]) == {"v_10us__count": 3}
 
 
+def test_a_sum_is_over_steps_and_0_of_nothing() -> None:
+    facts = [seen(k, 95, 95, x=x) for k, x in (("k", 1.0), ("l", 4.25), ("m", None))]
+    assert window(100, facts, sum=["x"], count=False) == {"v_10us__x_sum": 5.0}
+    assert window(100, facts[2:], sum=["x"], count=False) == {"v_10us__x_sum": 0.0}
+
+
 def test_mean_and_std_are_over_steps_and_leave_nulls_out() -> None:
     facts = [seen(k, 95, 95, x=x) for k, x in (("k", 1.0), ("l", 4.0), ("m", None))]
     found = window(100, facts, mean=["x"], std=["x"])
