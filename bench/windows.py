@@ -4,7 +4,9 @@ Figures: `speedup_vs_pandas` (count, sum, mean, share, std, min, max, distinct, 
 flight at its prediction time; pandas by its rolling windows over facts and rows together, distinct values by `apply`, the
 newest by `ffill`), `speedup_of_sums` (count, mean and share alone), `differing_cells` of `cells` (beyond 1e-9 of the value
 or 1e-6, pandas adds floats), `incremental_day_ratio` (CPU seconds of the steps from a day before the end on, over those of
-the year), `bit_equal` (the day's steps give what the year's give, at every prediction time of that day).
+the year), `bit_equal` (the day's steps give what the year's give, at every prediction time of that day),
+`folder_day_ratio` (CPU seconds of the whole feature folder of flights, everything in it, of a snapshot that knows a day more
+than one before it, over those of a home where there is none before) and `folder_bytes_equal` (both folders hold the same).
 """
 
 import os
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,17 @@ import pyarrow as pa
 
 from bench.record import options, report
 from features.facts import Columns, Facts, int_times
-from features.ingest import ingest, read_table
+from features.ingest import Snapshot, cut, ingest, read_table
 from features.keys import codes_of, key_arrays, key_runs, text_keys
 from features.known import seen_at
 from features.steps import KEY, TIME
+from features.store import build_features, first_needed
 from features.views import absent, derive
 from features.windows import build_views
 from pipelines.clock import DAY_US
 from pipelines.flights import write_sample
-from pipelines.home import open_home
+from pipelines.home import Home, open_home
+from pipelines.manifest import read_json
 from pipelines.spec import Spec, View, load_spec
 
 LATE = {"late": {"column": "dep_delay", "gt": 15}}
@@ -52,12 +57,12 @@ def spec_of(base: Spec, aggregates: dict[str, Any]) -> Spec:
 
 def ours(spec: Spec, tables: dict[str, pa.Table], rows: pa.Table, t: np.ndarray, since: int) -> Columns:
     """The features of rows at their times, from steps that are right for every t ≥ since."""
-    facts = Facts(spec, tables, since)
+    facts = Facts(spec, tables)
 
     def view_of(name: str) -> Columns:
         names = text_keys(key_arrays(rows, spec.features.views[name].shape.key), rows.num_rows)
         raw = {}
-        for stored, table in build_views(facts, name):
+        for stored, table in build_views(facts, name, since):
             keys, start = key_runs(table[KEY])
             at = seen_at(start, int_times(table[TIME]), codes_of(names, keys), t)
             raw[stored.name] = {c: np.append(table[c].to_numpy(), absent(c))[at] for c in stored.integers}
@@ -69,9 +74,9 @@ def ours(spec: Spec, tables: dict[str, pa.Table], rows: pa.Table, t: np.ndarray,
 
 def steps_of(spec: Spec, tables: dict[str, pa.Table], since: int) -> float:
     """CPU seconds of all steps that are right for every t ≥ since."""
-    began, facts = time.process_time(), Facts(spec, tables, since)
+    began, facts = time.process_time(), Facts(spec, tables)
     for name in spec.features.views:
-        list(build_views(facts, name))
+        list(build_views(facts, name, since))
     return time.process_time() - began
 
 
@@ -128,6 +133,30 @@ def _distinct(values: np.ndarray) -> float:
     return float(len(np.unique(values[~np.isnan(values)])))
 
 
+@dataclass(frozen=True)
+class Folders:
+    """CPU seconds of a feature folder made whole and after one of a day before; whether the two are equal, file by file."""
+
+    whole_s: float
+    day_s: float
+    equal: bool
+
+
+def folder_of_a_day(home: Home, snapshot: Snapshot) -> Folders:
+    """Builds the feature folder of a snapshot both ways."""
+    spec, digests, seconds = load_spec("flights"), [], []
+    for before in (False, True):
+        shutil.rmtree(home.root / "features", ignore_errors=True)
+        if before:
+            old = cut(spec, home, snapshot, snapshot.watermark_us - DAY_US)
+            build_features(spec, home, old, since=first_needed(spec, old.watermark_us))
+        began = time.process_time()
+        built = build_features(spec, home, snapshot, since=first_needed(spec, snapshot.watermark_us))
+        seconds.append(time.process_time() - began)
+        digests.append(read_json(home.root / built.path / "done.json")["files"])
+    return Folders(seconds[0], seconds[1], digests[0] == digests[1])
+
+
 def best(function: Any, turns: int) -> tuple[float, Any]:
     """Least seconds of some turns, and the last result."""
     times, result = [], None
@@ -148,6 +177,7 @@ def main() -> None:
         write_sample(home.landing("flights"))
         snapshot = ingest(spec, home)
         tables = {name: read_table(spec, home, snapshot, name) for name in ("schedule", "departures")}
+        folders = folder_of_a_day(home, snapshot)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if told.quick:
@@ -174,9 +204,11 @@ def main() -> None:
         "speedup_of_sums": round((seconds["table"] + seconds["count, sum, mean, share"]) / sums_s, 1),
         "differing_cells": differing, "cells": len(t) * len(expected),
         "incremental_day_ratio": round(day_s / year_s, 3), "bit_equal": equal,
+        "folder_day_ratio": round(folders.day_s / folders.whole_s, 3), "folder_bytes_equal": folders.equal,
     }  # fmt: skip
     shown = {"ours": ours_s, "ours, sums alone": sums_s, **{f"pandas: {part}": s for part, s in seconds.items()},
-             "steps of the year (CPU)": year_s, "steps of a day (CPU)": day_s}  # fmt: skip
+             "steps of the year (CPU)": year_s, "steps of a day (CPU)": day_s,
+             "feature folder, whole (CPU)": folders.whole_s, "feature folder, a day more (CPU)": folders.day_s}  # fmt: skip
     report("windows", figures, [{"what": n, "seconds": round(s, 3)} for n, s in shown.items()], told.json)
 
 

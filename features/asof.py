@@ -42,7 +42,7 @@ from features.facts import int_times
 from features.keys import codes_of, key_runs, text_keys
 from features.known import Codes, instants, newest_known, seen_at, sort_facts, times, unit_of
 from features.steps import KEY, TIME, previous
-from pipelines.clock import wall_us
+from pipelines.clock import MISSING, NEVER, wall_us
 from pipelines.errors import MillraceError, nearest
 
 BATCH = 1_000_000  # entity rows that are joined at a time where the result is streamed
@@ -59,10 +59,15 @@ class Place:
     system: fs.FileSystem
     path: str
 
-    def dataset(self, text: Sequence[str] = ()) -> ds.FileSystemDataset:
-        """The files as they are; the columns named are read as codes of a dictionary."""
-        options = ds.ParquetReadOptions(dictionary_columns=text)
-        return ds.dataset(self.path, filesystem=self.system, format=ds.ParquetFileFormat(read_options=options))
+    def dataset(self) -> ds.FileSystemDataset:
+        """The files as they are."""
+        return ds.dataset(self.path, filesystem=self.system, format="parquet")
+
+    def parts(self, text: Sequence[str], columns: list[str]) -> list[tuple[int, pa.Table]]:
+        """The files of a view of ours, each with the time from which on it is right."""
+        files = sorted(self.dataset().files)
+        tables = (pq.read_table(f, filesystem=self.system, columns=columns, read_dictionary=text) for f in files)
+        return [(int(Path(f).stem) or MISSING, table) for f, table in zip(files, tables, strict=True)]
 
     def exists(self) -> bool:
         return bool(self.system.get_file_info(self.path).type != fs.FileType.NotFound)
@@ -357,20 +362,40 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
         facts = newest_known([table[stored[c]] for c in key], event, rest[0] if rest else None, view.ttl)
         return Ready([table[c] for c in columns], lambda rows: facts.find(keys_of(rows), rows[_time_column(rows)]))
     held = (KEY, TIME, "_order", "_live_to", *columns) if kind == "sequence" else (KEY, TIME, *columns)
-    table = place.dataset([KEY]).to_table(columns=list(dict.fromkeys(held)))
-    keys, start = key_runs(table[KEY])
-    begin = int_times(table[TIME])
+    parts = place.parts([KEY], list(dict.fromkeys(held)))
+    begins, finds = [begin for begin, _ in parts], [_of_part(view, table) for _, table in parts]
+    offsets = np.cumsum([0, *(table.num_rows for _, table in parts)])
 
     def find(rows: pa.Table) -> np.ndarray:
-        codes = codes_of(text_keys(keys_of(rows), rows.num_rows), keys)
-        t, _ = instants(rows[_time_column(rows)], "us")
-        if kind == "sequence":
-            order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
-            own = int_times(rows[view.tags["millrace.order"]])
-            return previous(start, order, begin, live_to, codes, t, own, int(view.tags["millrace.within"]))
-        return seen_at(start, begin, codes, t)
+        """Each row in the part that is right for its time."""
+        names, (t, _) = text_keys(keys_of(rows), rows.num_rows), instants(rows[_time_column(rows)], "us")
+        own = int_times(rows[view.tags["millrace.order"]]) if kind == "sequence" else t
+        found, which = np.full(rows.num_rows, -1), np.searchsorted(begins, t, side="right") - 1
+        for i, of_part in enumerate(finds):
+            asked = np.flatnonzero(which == i)
+            if len(asked):
+                at = of_part(names.take(pa.array(asked)), t[asked], own[asked])
+                found[asked] = np.where(at >= 0, at + offsets[i], -1)
+        return found
 
-    return Ready([table[c] for c in columns], find)
+    whole = pa.concat_tables([table for _, table in parts])
+    return Ready([whole[c] for c in columns], find)
+
+
+def _of_part(view: FeatureView, table: pa.Table) -> Callable[[pa.Array, np.ndarray, np.ndarray], np.ndarray]:
+    """From Q keys, times and own orders of rows to the row of a part of a view of ours that each sees, −1 where none."""
+    keys, start = key_runs(table[KEY])
+    begin = int_times(table[TIME])
+    if view.tags["millrace.kind"] != "sequence":
+        return lambda names, t, own: seen_at(start, begin, codes_of(names, keys), t)
+    order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
+    within, recent = int(view.tags["millrace.within"]), int(view.tags.get("millrace.recent", NEVER))
+
+    def find(names: pa.Array, t: np.ndarray, own: np.ndarray) -> np.ndarray:
+        found = previous(start, order, begin, live_to, codes_of(names, keys), t, own, within)
+        return np.where(t - own <= recent, found, -1)  # what came before an older row is not kept
+
+    return find
 
 
 def _as_stored(rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:

@@ -57,10 +57,10 @@ def versions(table: pa.Table, source: Source) -> Versions:
 
 
 class Facts:
-    """The sources of one snapshot, each prepared when it is first needed. Values are right for every t ≥ since."""
+    """The sources of one snapshot, each prepared when it is first needed."""
 
-    def __init__(self, spec: Spec, tables: Mapping[str, pa.Table], since: int = MISSING) -> None:
-        self.spec, self.tables, self.since = spec, tables, since
+    def __init__(self, spec: Spec, tables: Mapping[str, pa.Table]) -> None:
+        self.spec, self.tables = spec, tables
         self._made: dict[tuple[object, ...], object] = {}
         self._lock = threading.RLock()
 

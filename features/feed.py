@@ -19,6 +19,7 @@ from features.cells import Change, Event, Meta, Update, open_cells, writable_cel
 from features.facts import Facts, int_times
 from features.keys import codes_of, key_arrays, key_runs, one_chunk, text_keys
 from features.online import ROWS, Layout, layout_digest, layouts, pack
+from features.parts import read_view
 from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.views import RECENT
@@ -89,8 +90,11 @@ def _meta(spec: Spec, anchor: Anchor, snapshot: str, newest: Mapping[str, int]) 
 def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
-        file = "online_rows.parquet" if layout.view == ROWS else f"views/{layout.view}.parquet"
-        keys, packed = _packed(spec, layout, pq.read_table(features / file, use_threads=False, read_dictionary=[KEY]), anchor)
+        if layout.view == ROWS:
+            table = pq.read_table(features / "online_rows.parquet", use_threads=False, read_dictionary=[KEY])
+        else:
+            table = read_view(features, layout.view, anchor)
+        keys, packed = _packed(spec, layout, table, anchor)
         for key, rows in zip(keys, packed, strict=True):
             yield layout.view, key, rows
 
@@ -127,8 +131,8 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
         keys, some = _touched(every, new, source, view.shape.key, others, spec.sources[source].key)
         if not len(keys):
             continue
-        facts = Facts(spec, {**tables, source: some} if source not in others else tables, since=anchor)
-        for stored, table in build_views(facts, name):
+        facts = Facts(spec, {**tables, source: some} if source not in others else tables)
+        for stored, table in build_views(facts, name, anchor):
             yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
     source = spec.rows.source
     keys, some = _touched(every, new, source, spec.row_key, spec.closed_by, spec.row_key)

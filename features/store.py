@@ -1,6 +1,6 @@
 """The feature store: Feast objects made from the spec, over the stored views of one snapshot.
 
-A feature folder is `features/PIPELINE/DEFS/SNAPSHOT/`: `views/*.parquet`, `online_rows.parquet` for the served
+A feature folder is `features/PIPELINE/DEFS/SNAPSHOT/`: `views/NAME/*.parquet`, `online_rows.parquet` for the served
 store, and a Feast repository that anyone can open. It is immutable.
 """
 
@@ -18,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.facts import Columns, Facts
+from features.facts import Columns, Facts, int_times
 from features.frame import as_array, assemble, feature_list, own_columns
-from features.ingest import Snapshot, newest, read_table
-from features.keys import filled, one_chunk
+from features.ingest import Snapshot, facts_since, grew_from, newest, read_snapshot, read_table
+from features.keys import KNOWN, filled, one_chunk
 from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
+from features.parts import Base, carry, write_parts
 from features.rows import online_rows
 from features.steps import TIME
-from features.views import absent, stored_views
-from features.windows import build_views
-from pipelines.clock import DAY_US, MISSING
+from features.views import RECENT, absent, stored_views
+from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
@@ -90,11 +90,12 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     scratch.mkdir(parents=True)
     try:
         tables = {name: read_table(spec, home, snapshot, name) for name in spec.sources}
-        rows = write_views(spec, tables, scratch, since)
+        base = _base(spec, home, snapshot, folder.parent, tables)
+        rows = write_views(spec, tables, scratch, since, base)
         pq.write_table(online_rows(spec, tables, snapshot.watermark_us), scratch / "online_rows.parquet", compression="zstd")
         files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*.parquet"))}
         place = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs))
-        apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch))
+        apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch), base)
         done = {
             "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
             "watermark_us": snapshot.watermark_us, "rows": rows,
@@ -117,30 +118,31 @@ def features_from(spec: Spec, home: Home, snapshot: Snapshot, t: int) -> Feature
     return build_features(spec, home, snapshot, since=max(made, default=t - t % DAY_US))
 
 
-def write_views(spec: Spec, tables: Mapping[str, pa.Table], folder: Path, since: int = MISSING) -> int:
-    """Writes `views/*.parquet`, right for every t ≥ since (µs); the number of their rows."""
-    (folder / "views").mkdir(parents=True, exist_ok=True)
-    facts = Facts(spec, tables, since)
-
-    def write(view: str) -> int:
-        rows = 0
-        for stored, table in build_views(facts, view):
-            write_view(table, folder / "views" / f"{stored.name}.parquet")
-            rows += table.num_rows
-        return rows
-
+def write_views(
+    spec: Spec, tables: Mapping[str, pa.Table], folder: Path, since: int = MISSING, base: Base | None = None
+) -> int:  # fmt: skip
+    """Writes `views/`, right for every t ≥ since (µs); the number of their rows. Parts that `base` has are taken over."""
+    facts = Facts(spec, tables)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return sum(pool.map(write, spec.features.views))
+        return sum(pool.map(lambda view: write_parts(facts, view, folder, since, base), spec.features.views))
 
 
-def write_view(table: pa.Table, path: Path) -> None:
-    """Sorted integers as packed differences, everything else as codes of a dictionary: small without compression."""
-    packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
-    pq.write_table(
-        table, path, compression="none", write_statistics=False, store_schema=False,
-        use_dictionary=[name for name in table.column_names if name not in packed],
-        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
-    )  # fmt: skip
+def _base(spec: Spec, home: Home, snapshot: Snapshot, folders: Path, tables: Mapping[str, pa.Table]) -> Base | None:
+    """The feature folder of the newest snapshot that this one grew from."""
+    code, found = code_digest("features"), []
+    for path in folders.glob("*/done.json"):
+        body = read_json(path)
+        if body["code"] == code and (home.snapshots(spec.pipeline) / f"{body['snapshot']}.json").exists():
+            found.append((read_snapshot(home, spec.pipeline, body["snapshot"]), path.parent, body["files"]))
+    older = [item for item in found if grew_from(home, snapshot, item[0])]
+    if not older:
+        return None
+    since, folder, files = max(older, key=lambda item: (item[0].watermark_us, item[1].name))
+    fresh = {}
+    for name, table in tables.items():
+        known = int_times(facts_since(spec, home, snapshot, since, name, table)[KNOWN])
+        fresh[name] = int(known.min(initial=NEVER))
+    return Base(folder, frozenset(files), fresh)
 
 
 def _summary(spec: Spec, folder: Path) -> None:
@@ -150,8 +152,9 @@ def _summary(spec: Spec, folder: Path) -> None:
         groups.setdefault(feature.group, []).append(feature.name)
     stored = [("view", "kind", "key", "rows")]
     stored += [
-        (v.name, v.kind, ", ".join(v.key) or "all", f"{pq.read_metadata(folder / 'views' / f'{v.name}.parquet').num_rows:,}")
+        (v.name, v.kind, ", ".join(v.key) or "all", f"{sum(pq.read_metadata(p).num_rows for p in parts):,}")
         for v in stored_views(spec)
+        for parts in [(folder / "views" / v.name).iterdir()]
     ]
     write_page(folder / "page.md", f"{spec.pipeline}: {len(features)} features", [
         ("Features", [(name, str(len(names)) + ": " + ", ".join(names[:6])) for name, names in groups.items()]),
@@ -162,14 +165,18 @@ def _summary(spec: Spec, folder: Path) -> None:
 def _feature_set(home: Home, folder: Path, done: Mapping[str, Any]) -> FeatureSet:
     return FeatureSet(home.relative(folder), digest_of(done["files"]), done["defs_digest"], done["snapshot"],
                       done["since_us"], done["rows"], done["newest_us"],
-                      f"{done['rows']:,} steps in {len(done['files']) - 1} views")  # fmt: skip
+                      f"{done['rows']:,} steps in {len({Path(f).parent for f in done['files']}) - 1} views")  # fmt: skip
 
 
-def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
+def apply_feast(spec: Spec, folder: Path, store_place: str, base: Base | None = None) -> None:
     """Writes the Feast repository of the views in `folder`: entities, feature views and one feature service.
 
-    `store_place`: where their served store lies, relative to the folder or as a URL.
+    `store_place`: where their served store lies, relative to the folder or as a URL. `base` has the same registry.
     """
+    _feast_yaml(spec, folder, store_place)
+    if base:
+        shutil.copyfile(base.folder / "registry.pb", folder / "registry.pb")
+        return
     from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
     from features.quick_feast import types as feast
 
@@ -177,16 +184,6 @@ def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
              "timestamp": feast.UnixTimestamp}  # fmt: skip
     values = {"string": ValueType.STRING, "int64": ValueType.INT64, "bool": ValueType.BOOL,
               "timestamp": ValueType.UNIX_TIMESTAMP}  # fmt: skip
-    clock = spec.clock
-    online: dict[str, Any] = {"type": "features.served.ServedOnlineStore", "store": store_place}
-    if clock is not None:
-        online |= {"clock": clock.kind, "speed": clock.speed, "offset": clock.offset}
-    (folder / "feature_store.yaml").write_text(
-        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
-        "offline_store: {type: features.asof.AsofOfflineStore}\n"
-        f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
-        "materialization: {pull_latest_features: true}\n"
-    )
     entities: dict[str, Entity] = {}
     packing = layouts(spec)
     views: list[Any] = []
@@ -200,19 +197,33 @@ def apply_feast(spec: Spec, folder: Path, store_place: str) -> None:
                 LAYOUT_TAG: json.dumps(asdict(packing[stored.name]))}  # fmt: skip
         if isinstance(shape, Sequence):
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
+            tags |= {"millrace.recent": str(RECENT)} if carry(spec, shape) is not None else {}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
         fields += [Field(name=c, dtype=feast.Int64) for c in stored.integers]
         fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values]
         views.append(
             FeatureView(
                 name=stored.name, entities=[entities[c] for c in stored.key], ttl=timedelta(0), schema=fields,
-                source=FileSource(name=stored.name, path=f"views/{stored.name}.parquet",
+                source=FileSource(name=stored.name, path=f"views/{stored.name}",
                                   timestamp_field=TIME),
                 online=True, tags=tags,
             )
         )  # fmt: skip
     store = FeatureStore(repo_path=str(folder))
     store.apply([*entities.values(), *views, FeatureService(name=spec.pipeline, features=views)])
+
+
+def _feast_yaml(spec: Spec, folder: Path, store_place: str) -> None:
+    clock = spec.clock
+    online: dict[str, Any] = {"type": "features.served.ServedOnlineStore", "store": store_place}
+    if clock is not None:
+        online |= {"clock": clock.kind, "speed": clock.speed, "offset": clock.offset}
+    (folder / "feature_store.yaml").write_text(
+        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
+        "offline_store: {type: features.asof.AsofOfflineStore}\n"
+        f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
+        "materialization: {pull_latest_features: true}\n"
+    )
 
 
 def open_feast(home: Home, features: FeatureSet) -> "FeatureStore":

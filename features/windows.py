@@ -300,14 +300,17 @@ def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, 
             np.concatenate([row, none]), np.concatenate([seen, seen[ends]]))  # fmt: skip
 
 
-def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
+def sequence_table(facts: Facts, shape: Chain, since: int, carried: int | None) -> pa.Table:
     """The plans of each chain with what was known of them: one row per plan and state, live for [live_from, live_to).
 
     Sorted by chain key, `order`, and which of equal ones counts (known last, then greatest fact key).
     """
     plans, plan_key = facts.versions(shape.source), facts.spec.sources[shape.source].key
+    names = facts.names(shape.source, plan_key)
+    if carried is not None and since != MISSING:
+        plans, names = _near(plans, names, int_times(plans.table[shape.order]) >= since - carried)
     others = {name: facts.versions(name) for name in shape.facts}
-    keys = facts.names(shape.source, plan_key).take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
+    keys = names.take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
     codes = {name: codes_of(facts.names(name, plan_key), keys) for name in shape.facts}
     code = np.concatenate([plans.fact, *codes.values()])
     t = np.concatenate([plans.known_from, *(v.known_from for v in others.values())])
@@ -321,7 +324,7 @@ def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     due = int_times(plans.table[shape.order])[np.maximum(plan, 0)] if len(plan) else plan
     chains, chain_of = grouped(text_keys(key_arrays(plans.table, shape.key), plans.table.num_rows))
     chain = np.where(plan >= 0, chain_of[np.maximum(plan, 0)], -1) if len(plan) else plan
-    kept = np.flatnonzero((chain >= 0) & (due != MISSING) & (until > facts.since))
+    kept = np.flatnonzero((chain >= 0) & (due != MISSING) & (until > since))
     known = plans.known_from[plan[kept]]
     kept = kept[np.lexsort((known, due[kept], chain[kept]))]  # ties: by fact, then time, as they are
     code, t, until, due, chain, at = (x[kept] for x in (code, t, until, due, chain, plan))
@@ -337,16 +340,28 @@ def sequence_table(facts: Facts, shape: Chain) -> pa.Table:
     return pa.table({KEY: repeated(chains, chain), **columns, "_order": due, "_live_to": until, TIME: stamps(t)})
 
 
-def build_views(facts: Facts, name: str) -> Iterator[tuple[Stored, pa.Table]]:
-    """The stored tables of a view of the spec, right for every t ≥ `facts.since`.
+def _near(facts: Versions, names: pa.Array, rows: np.ndarray) -> tuple[Versions, pa.Array]:
+    """All versions of the facts of which some row is among `rows` (bool, N), and their names."""
+    some = np.zeros(len(facts.fact) + 1, bool)
+    some[facts.fact[rows]] = True
+    at = np.flatnonzero(some[facts.fact])
+    kept = pa.array(at)
+    fact = np.cumsum(np.diff(facts.fact[at], prepend=-1) != 0) - 1
+    return Versions(facts.table.take(kept), fact, facts.known_from[at], facts.known_to[at]), names.take(kept)
+
+
+def build_views(
+    facts: Facts, name: str, since: int = MISSING, carried: int | None = None
+) -> Iterator[tuple[Stored, pa.Table]]:  # fmt: skip
+    """The stored tables of a view of the spec, right for every t ≥ since; of a chain without plans due `carried` before that.
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
     `sequence_table` gives it.
     """
-    shape, since = facts.spec.features.views[name].shape, facts.since
+    shape = facts.spec.features.views[name].shape
     views = [stored for stored in stored_views(facts.spec) if stored.view == name]
     if isinstance(shape, Chain):
-        yield views[0], sequence_table(facts, shape)
+        yield views[0], sequence_table(facts, shape, since, carried)
         return
     source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
     if isinstance(shape, Latest):
