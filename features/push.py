@@ -32,7 +32,7 @@ from features.ingest import (
     read_table,
     write_facts,
 )  # fmt: skip
-from features.keys import KNOWN
+from features.keys import KNOWN, codes_of, key_arrays, one_chunk, text_keys
 from features.online import layout_digest
 from features.quarantine import own_reasons
 from pipelines.clock import MISSING, iso
@@ -106,14 +106,17 @@ class Pusher:
         self.at = (held["snapshot"], int(held.get(PUSHED, 0)))
 
 
-def with_events(spec: Spec, tables: Tables, events: Iterable[Event]) -> tuple[Tables, Tables]:
+def with_events(spec: Spec, tables: Tables, events: Iterable[Event], *, landed_wins: bool = False) -> tuple[Tables, Tables]:
     """Facts with those of events among them, and the events' facts that were not there (source → rows).
 
-    Raises BadEvent where one contradicts another fact of the same key and known-at.
+    Raises BadEvent where one contradicts another fact of the same key and known-at, unless such an event is left out.
     """
     found, new = dict(tables), {}
     for name, rows in event_tables(spec, events).items():
         source, before = spec.sources[name], tables[name]
+        if landed_wins:  # the same fact, or one that landed after the event came and says otherwise
+            there, asked = (text_keys(key_arrays(t, [*source.key, KNOWN]), t.num_rows) for t in (before, rows))
+            rows = rows.filter(pa.array(codes_of(asked, one_chunk(there)) < 0))
         table, order, equal, clash = in_order(pa.concat_tables([before, rows.select(before.column_names)]), source)
         if clash.any():
             at = int(np.flatnonzero(clash)[0])
@@ -249,13 +252,13 @@ class Delivery:
         events = pushed_events(self.stores)
         if not events:
             return (), ()
-        tables, new = with_events(self.spec, self.tables, events)
+        tables, new = with_events(self.spec, self.tables, events, landed_wins=True)
         return events, changed_cells(self.spec, tables, new, self.since_us)
 
     def fresh(self) -> tuple[Sequence[Event], Iterable[Change]]:
         """Pushed events, and the cells that change with them and with what is new since the snapshot of `read_since`."""
         events = pushed_events(self.stores)
-        tables, new = with_events(self.spec, self.tables, events)
+        tables, new = with_events(self.spec, self.tables, events, landed_wins=True)
         both = [pa.concat_tables([t.select(self.tables[n].column_names) for t in (self.new[n], new.get(n)) if t is not None])
                 for n in self.spec.sources]  # fmt: skip
         return events, changed_cells(self.spec, tables, dict(zip(self.spec.sources, both, strict=True)), self.since_us)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,21 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from features import feed as feeding
 from features import online, rows
 from features.cells import Event, SqliteCells, open_cells
-from features.feed import feed
-from features.ingest import ingest, read_table
+from features.feed import feed, feed_changes
+from features.ingest import ingest, read_snapshot, read_table
 from features.online import OnlineStore, serve_features
-from features.push import BadEvent, Pusher, land_pushed, pushed_events
+from features.push import BadEvent, Delivery, Pusher, land_pushed, pushed_events
 from features.store import build_features
 from pipelines.clock import NEVER, Anchor, wall_us
 from pipelines.home import Home, open_home
 from pipelines.spec import Spec
-from tests.agreement import World, features_at, frame_differences, land, make_world, served_differences
+from tests.agreement import World, arrow, features_at, frame_differences, land, make_world, same_frames, served_differences
 from tests.random_tables import known_at
 
 NOW = NEVER - 1
@@ -168,6 +170,29 @@ def test_events_that_cannot_be_taken(tmp_path: Path) -> None:
         other = dataclasses.replace(good, id="other", row=json.dumps({**row, number: 12_345.0}))
         with pytest.raises(BadEvent, match="a correction needs a later known-at"):
             one.pusher().push([other], NOW)
+
+
+def test_a_fact_that_landed_otherwise_wins_over_the_event(tmp_path: Path) -> None:
+    """The event came before the file, and the file says otherwise: a feed goes on with what landed."""
+    one = half(6_002, tmp_path, str(tmp_path / "served"))
+    late = one.events[0]
+    other = {**json.loads(late.row), "x": 123.5}
+    one.pusher().push([event(late.id, late.source, other)], NOW)
+    folder = one.home.landing(one.spec.pipeline) / late.source
+    pq.write_table(arrow(one.spec.sources[late.source], [json.loads(late.row)]), folder / "late.parquet")
+    snapshot = ingest(one.spec, one.home)
+    facts = Delivery(one.spec, one.home, snapshot, one.anchor, [one.store])
+    built = build_features(one.spec, one.home, snapshot, since=one.anchor)
+    moved, whole, clean = (str(tmp_path / name) for name in ("moved", "whole", "clean"))
+    shutil.copytree(one.store, moved)
+    since, anchor = open_cells(one.store).meta()["snapshot"], Anchor(one.anchor, 0)
+    facts.read_since(read_snapshot(one.home, one.spec.pipeline, since))
+    assert feed_changes(one.spec, moved, anchor, snapshot.digest, since=since, newest={}, fresh=facts.fresh)
+    feed(one.spec, one.home.root / built.path, whole, anchor, snapshot.digest, fresh=facts.pushed)
+    feed(one.spec, one.home.root / built.path, clean, anchor, snapshot.digest)
+    asked = [(version, t) for version, t in one.world.asked() if t >= one.anchor]
+    frames = [features_at(OnlineStore(one.spec, store), asked) for store in (moved, whole, clean, one.store)]
+    assert same_frames(frames[0], frames[2]) == same_frames(frames[1], frames[2]) == [] != same_frames(frames[3], frames[2])
 
 
 def test_an_event_is_forgotten_after_a_month(tmp_path: Path) -> None:
