@@ -44,16 +44,13 @@ def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def versions(table: pa.Table, source: Source) -> Versions:
     """The life of each fact version; `table` as `ingest.read_table` gives it."""
-    other = np.zeros(max(table.num_rows - 1, 0), bool)  # than the row before
+    other = np.zeros(table.num_rows, bool)  # than the row before
     for name in source.key:
         column = one_chunk(table[name])
-        other |= pc.not_equal(column[1:], column[:-1]).fill_null(True).to_numpy(zero_copy_only=False)
+        other[1:] |= true(pc.fill_null(pc.not_equal(column[1:], column[:-1]), True))
     known = int_times(table[KNOWN])
-    if not len(known):
-        return Versions(table, known, known, known)
-    fact = np.concatenate([[0], np.cumsum(other)])
-    known_to = np.append(np.where(other, NEVER, known[1:]), NEVER)
-    return Versions(table, fact, known, known_to)
+    known_to = np.append(np.where(other[1:], NEVER, known[1:]), NEVER)[: len(known)]
+    return Versions(table, np.cumsum(other), known, known_to)
 
 
 class Facts:
@@ -64,19 +61,24 @@ class Facts:
         self._made: dict[tuple[object, ...], object] = {}
         self._lock = threading.RLock()
 
-    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What is made under this name, the first time that it is asked for."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()
             return cast(T, self._made[key])
 
     def versions(self, source: str) -> Versions:
-        return self._once(("versions", source), lambda: versions(self.tables[source], self.spec.sources[source]))
+        return self.once(("versions", source), lambda: versions(self.tables[source], self.spec.sources[source]))
 
     def names(self, source: str, key: Sequence[str]) -> pa.Array:
         """Text key of each row of a source."""
         table = self.tables[source]
-        return self._once(("names", source, *key), lambda: text_keys(key_arrays(table, key), table.num_rows))
+        return self.once(("names", source, *key), lambda: text_keys(key_arrays(table, key), table.num_rows))
+
+    def times(self, source: str, column: str) -> np.ndarray:
+        """µs of a time column of a source, MISSING where null."""
+        return self.once(("times", source, column), lambda: int_times(self.tables[source][column]))
 
     def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""
@@ -87,7 +89,7 @@ class Facts:
                 every = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]
                 return first_known(self.names(source, key), every)
 
-            return self._once(("closed", source, *closed_by), make)[rows]
+            return self.once(("closed", source, *closed_by), make)[rows]
         some, closing = table.select([*key]).take(pa.array(rows)), []
         for name in closed_by:  # a look at one column leaves few to be compared whole
             facts = self.tables[name].select([*key, KNOWN])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
-from features.keys import codes_of, key_arrays, key_runs, one_chunk, text_keys
+from features.keys import key_arrays, key_runs, rows_among, text_keys
 from features.online import ROWS, Layout, layout_digest, layouts, pack
 from features.parts import read_view
 from features.rows import online_rows
@@ -126,45 +126,46 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     """The cells, right from `anchor` (µs) on, that the facts `new` (source → rows) change; `tables` hold them too."""
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
-        source = view.shape.source
-        others = _others(view.shape)
-        keys, some = _touched(every, new, source, view.shape.key, others, spec.sources[source].key)
+        source, others, joined = view.shape.source, _others(view.shape), spec.sources[view.shape.source].key
+        touched = _touched(every, new, source, others, joined)
+        keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
         if not len(keys):
             continue
-        facts = Facts(spec, {**tables, source: some} if source not in others else tables)
-        for stored, table in build_views(facts, name, anchor):
+        facts = every
+        if isinstance(view.shape, Chain):
+            facts = Facts(spec, _facts_of(every, source, view.shape.key, touched, others, joined))
+        for stored, table in build_views(facts, name, anchor, only=keys):
             yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
-    source = spec.rows.source
-    keys, some = _touched(every, new, source, spec.row_key, spec.closed_by, spec.row_key)
+    source, key = spec.rows.source, spec.row_key
+    touched = _touched(every, new, source, spec.closed_by, key)
+    keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
     if len(keys):
-        table = online_rows(spec, {**tables, source: some} if source not in spec.closed_by else tables, anchor)
+        table = online_rows(spec, _facts_of(every, source, key, touched, spec.closed_by, key), anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
         yield from _of_keys(ROWS, keys, *_packed(spec, packing[ROWS], table, anchor))
 
 
-def _touched(
-    every: Facts, new: Tables, source: str, key: Sequence[str], others: Sequence[str], joined: Sequence[str]
-) -> tuple[pa.Array, pa.Table]:  # fmt: skip
-    """Keys of a view over `source` that new facts touch, also those of `others`, which are `joined` to its facts; and all
-    facts that ever had one of these keys, with all their versions."""
-    table = every.tables[source]
-    touched = np.zeros(table.num_rows, bool)
-    for name, by in ((source, every.spec.sources[source].key), *((other, joined) for other in others)):
-        if name in new and new[name].num_rows:
-            names = text_keys(key_arrays(new[name], by), new[name].num_rows)
-            touched |= _within(every.names(source, by), one_chunk(names))
-    if not touched.any():
-        return pa.array([], pa.string()), table
-    keys = every.names(source, key).filter(pa.array(touched)).drop_null().unique()
-    fact = every.versions(source).fact
+def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> pa.Table:
+    """The rows of a source that new facts touch, also those of `others`, which are `joined` to it: all versions of a fact."""
+    table, by = every.tables[source], ((source, *every.spec.sources[source].key), *((other, *joined) for other in others))
+
+    def make() -> pa.Table:
+        found = [rows_among(table, key, new[name]) for name, *key in by if name in new]
+        return table.take(pa.array(np.unique(np.concatenate([[], *found])), pa.int64()))
+
+    return every.once(("touched", source, *by), make)
+
+
+def _facts_of(
+    every: Facts, source: str, key: Sequence[str], touched: pa.Table, others: Sequence[str], joined: Sequence[str]
+) -> Tables:  # fmt: skip
+    """All facts that ever had the key of one that is touched, with all their versions, and of `others` what joins them."""
+    table, fact = every.tables[source], every.versions(source).fact
     whole = np.zeros(len(fact) + 1, bool)
-    whole[fact[_within(every.names(source, key), keys)]] = True
-    return keys, table.filter(pa.array(whole[fact]))
-
-
-def _within(names: pa.Array, keys: pa.Array) -> np.ndarray:
-    """Which names are among the keys; a null is not."""
-    return codes_of(names, keys) >= 0
+    whole[fact[rows_among(table, key, touched)]] = True
+    some = table.filter(pa.array(whole[fact]))
+    joint = {name: every.tables[name].take(pa.array(rows_among(every.tables[name], joined, some))) for name in others}
+    return {**joint, source: some}
 
 
 def _of_keys(view: str, keys: pa.Array, names: list[str], packed: Iterator[bytes]) -> Iterator[Change]:
@@ -192,7 +193,7 @@ def recent(spec: Spec, tables: Tables, since: int) -> Tables:
     for source, others in [*_completed(spec), (spec.rows.source, spec.closed_by)]:
         key = spec.sources[source].key if source != spec.rows.source else spec.row_key
         for other in others:
-            kept[other] |= _within(every.names(other, key), every.names(source, key).filter(pa.array(kept[source])))
+            kept[other][rows_among(tables[other], key, tables[source].filter(pa.array(kept[source])))] = True
     found = {}
     for name, table in tables.items():
         fact = every.versions(name).fact

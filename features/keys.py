@@ -68,6 +68,19 @@ def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
     return filled(found, -1).astype(np.int64)
 
 
+def rows_among(table: pa.Table, key: Sequence[str], wanted: pa.Table) -> np.ndarray:
+    """Positions of the rows of a table whose key is that of a row of another one (int64, ascending); a null is none."""
+    rows = np.arange(table.num_rows if wanted.num_rows else 0)
+    for name in key:  # a look at one column leaves fewer for the next, and few to be compared whole
+        if table[name].type == wanted[name].type:
+            some = table[name] if len(rows) == table.num_rows else table[name].take(pa.array(rows))
+            rows = rows[true(pc.is_in(some, value_set=one_chunk(wanted[name]), skip_nulls=True))]
+    if len(rows) and key:
+        names = text_keys(key_arrays(table.select([*key]).take(pa.array(rows)), key), len(rows))
+        rows = rows[codes_of(names, text_keys(key_arrays(wanted, key), wanted.num_rows)) >= 0]
+    return rows
+
+
 def key_runs(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """Keys of a sorted dictionary column, and where each begins (K + 1)."""
     array = one_chunk(column.unify_dictionaries())

@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.facts import Columns, Facts, Versions, floats, holds, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
-from features.views import EWM, Stored, held, resolution, stored_views
+from features.views import EWM, Stored, held, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Ewm, Latest, Source, Window
@@ -45,18 +46,25 @@ class Group:
     known_to: np.ndarray
 
 
-def group_versions(facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int) -> Group:
-    """The versions that have a group key and a time `over`, and whose span may end after `since` (at `ends`)."""
+def group_versions(
+    facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int, only: pa.Array | None = None
+) -> Group:  # fmt: skip
+    """The versions that have a group key (one of `only`) and a time `over`, and whose span may end after `since` (at `ends`)."""
     alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
     row = np.flatnonzero(alive)
     some = facts.table.select([*key])
     some = some if len(row) == len(alive) else some.take(pa.array(row))
-    keys, codes = grouped(text_keys(key_arrays(some, key), len(row)))
+    keys, codes = grouped(within(text_keys(key_arrays(some, key), len(row)), only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
     first = row[first_rows(keys, codes)]
     return Group(keys, first, codes, over[row], row, facts.known_from[row], facts.known_to[row])
+
+
+def within(names: pa.Array, only: pa.Array | None) -> pa.Array:
+    """Keys, those that are not among `only` as null."""
+    return names if only is None else pc.if_else(pc.is_in(names, value_set=only), names, pa.scalar(None, names.type))
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
@@ -255,11 +263,10 @@ def open_steps(group: Group, closed_at: np.ndarray, length: int, since: int) -> 
     return accumulate(group.keys, group.code, moves)
 
 
-def latest_steps(source: Source, shape: Latest, facts: Versions) -> Steps:
+def latest_steps(source: Source, shape: Latest, facts: Versions, names: pa.Array) -> Steps:
     """Steps of a latest view: column `row` is the position of the newest live version in `facts` (−1: expired or
-    none), column `_event` its event time, also when expired."""
-    table = facts.table
-    keys, codes = grouped(text_keys(key_arrays(table, shape.key), table.num_rows))
+    none), column `_event` its event time, also when expired. `names`: key of each version, null where it has none."""
+    table, (keys, codes) = facts.table, grouped(names)
     event = int_times(table[source.event_time]) if source.event_time else np.zeros(len(codes), np.int64)
     usable = np.flatnonzero((codes >= 0) & (event != MISSING) & (facts.known_from < facts.known_to))
     moved = np.unique(codes[usable][facts.known_to[usable] < NEVER])  # keys with corrections: exact sweep
@@ -351,29 +358,30 @@ def _near(facts: Versions, names: pa.Array, rows: np.ndarray) -> tuple[Versions,
 
 
 def build_views(
-    facts: Facts, name: str, since: int = MISSING, carried: int | None = None
+    facts: Facts, name: str, since: int = MISSING, carried: int | None = None, *, only: pa.Array | None = None
 ) -> Iterator[tuple[Stored, pa.Table]]:  # fmt: skip
     """The stored tables of a view of the spec, right for every t ≥ since; of a chain without plans due `carried` before that.
+    Of all keys, or of some.
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
     `sequence_table` gives it.
     """
-    shape = facts.spec.features.views[name].shape
-    views = [stored for stored in stored_views(facts.spec) if stored.view == name]
+    view = facts.spec.features.views[name]
+    shape, views = view.shape, stored_of(facts.spec, name, view)
     if isinstance(shape, Chain):
         yield views[0], sequence_table(facts, shape, since, carried)
         return
     source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
     if isinstance(shape, Latest):
-        steps = latest_steps(source, shape, v)
-        first = first_rows(*grouped(text_keys(key_arrays(v.table, shape.key), v.table.num_rows)))
+        names = within(facts.names(shape.source, shape.key), only)
+        steps, first = latest_steps(source, shape, v, names), first_rows(*grouped(names))
         for stored in views:
             moved = replace(steps, t=steps.t + (stored.length if stored.kind == "ago" else 0))
             yield stored, step_table(stored, moved, v.table, first)
         return
-    over = int_times(v.table[shape.over or source.event_time])
+    over = facts.times(shape.source, shape.over or str(source.event_time))
     longest = max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
-    group = group_versions(v, shape.key, over, over + longest, since)
+    group = group_versions(v, shape.key, over, over + longest, since, only)
     if isinstance(shape, Window):
         of = window_facts(source, shape, v, group)
         for stored in views:

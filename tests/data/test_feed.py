@@ -13,6 +13,7 @@ from features import feed as feeding
 from features import online, rows
 from features.cells import open_cells
 from features.feed import changed_cells, feed, feed_changes, recent
+from features.keys import rows_among
 from features.online import OnlineStore, serve_features
 from features.store import write_views
 from pipelines.clock import NEVER, Anchor
@@ -87,16 +88,24 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def closers_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = feeding._touched
-    monkeypatch.setattr(feeding, "_touched", lambda every, new, source, key, others, by: honest(every, new, source, key, (), by))
+    monkeypatch.setattr(feeding, "_touched", lambda every, new, source, others, joined: honest(every, new, source, (), joined))
+
+
+def where_a_fact_was_before_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = feeding._touched
+
+    def mutant(every, new, source, others, joined):  # type: ignore[no-untyped-def]
+        return honest(every, new, source, others, joined) if source not in new else new[source]
+
+    monkeypatch.setattr(feeding, "_touched", mutant)
 
 
 def other_versions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mutant(every, new, source, key, others, joined, honest=feeding._touched):  # type: ignore[no-untyped-def]
-        keys, some = honest(every, new, source, key, others, joined)
-        names = every.names(source, key)
-        return keys, every.tables[source].filter(pa.array(feeding._within(names, keys))) if len(keys) else some
+    def mutant(every, source, key, touched, others, joined, honest=feeding._facts_of):  # type: ignore[no-untyped-def]
+        some = every.tables[source].take(pa.array(rows_among(every.tables[source], key, touched)))
+        return {**honest(every, source, key, touched, others, joined), source: some}
 
-    monkeypatch.setattr(feeding, "_touched", mutant)
+    monkeypatch.setattr(feeding, "_facts_of", mutant)
 
 
 def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +113,10 @@ def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "_of_keys", lambda *told: (change for change in honest(*told) if change[2] is not None))
 
 
-@pytest.mark.parametrize("plant", [closers_do_not_touch, other_versions_are_left_out, nothing_is_removed])
+FAULTS = [closers_do_not_touch, where_a_fact_was_before_is_not_touched, other_versions_are_left_out, nothing_is_removed]
+
+
+@pytest.mark.parametrize("plant", FAULTS)
 def test_a_fault_in_what_is_touched_is_seen(plant: Plant, tmp_path: Path) -> None:
     for seed in range(5_000, 5_100):
         folder = tmp_path / str(seed)
