@@ -8,7 +8,7 @@ Times are int64 µs UTC. Shapes: N facts known, K keys.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,10 +62,10 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
         for file in files:
             _link(base.folder / file, folder / file)
         done += 1
-    begin = spans[done][0]
-    for s, table in build_views(facts, name, begin if begin == MISSING else begin - 1, carried):
-        for begin, end in spans[done:]:
-            write_part(cut(s, table, begin, end, carried), folder / part_file(s.name, begin))
+    left = begins[done:]
+    for s, table in build_views(facts, name, left[0] if left[0] == MISSING else left[0] - 1, carried):
+        for begin, part in zip(left, cut(s, table, left, carried), strict=True):
+            write_part(part, folder / part_file(s.name, begin))
     return sum(pq.read_metadata(folder / part_file(s.name, begin)).num_rows for s in stored for begin in begins)
 
 
@@ -102,33 +102,40 @@ def carry(spec: Spec, shape: Window | Open | Latest | Chain) -> int | None:
     return None
 
 
-def cut(stored: Stored, table: pa.Table, begin: int, end: int, carried: int | None) -> pa.Table:
-    """One part of steps, or of the states of a chain, that are right for t ≥ begin − 1."""
-    if (begin, end) == (MISSING, NEVER):
-        return table
+def cut(stored: Stored, table: pa.Table, begins: Sequence[int], carried: int | None) -> Iterator[pa.Table]:
+    """The parts of a stored view, in turn, from steps or states of a chain that are right from the first of `begins` − 1 on."""
+    if len(begins) == 1 and begins[0] == MISSING:
+        yield table
+        return
     t = int_times(table[TIME])
-    keep = t < end
-    if stored.kind == "sequence":
+    first = np.maximum(np.searchsorted(begins, t, side="right") - 1, 0)
+    if stored.kind == "sequence":  # a state is in every part that it reaches into while its plan may be asked for
+        assert carried is not None
         live_to = table["_live_to"].to_numpy()
-        if begin != MISSING:
-            assert carried is not None
-            keep &= (live_to > begin) & (table["_order"].to_numpy() >= begin - carried)
-            t = np.maximum(t, begin)
-        at = table.schema.get_field_index("_live_to")
-        table = table.set_column(at, "_live_to", pa.array(np.minimum(live_to, end)))
-    elif begin != MISSING:
-        before = t < begin
-        start = key_runs(table[KEY])[1]
-        last = np.zeros(len(t) + 1, bool)  # before the part, of its key
-        last[start[:-1] + np.add.reduceat(before, start[:-1], dtype=np.int64) - 1] = len(start) > 1
-        held = table[stored.integers[0]].to_numpy() > 0  # the number of facts that count
-        keep &= ~before | (last[:-1] & before & held)
-        t = np.maximum(t, begin - 1)
-    table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(t)).filter(pa.array(keep))
-    for i, column in enumerate(table.columns):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(i, table.column_names[i], _compact(one_chunk(column)))
-    return table
+        asked_for = np.searchsorted(begins, table["_order"].to_numpy() + carried, side="right")
+        last = np.minimum(np.searchsorted(begins, live_to), asked_for) - 1
+    else:  # a step with facts that count is in every part until its key's next step
+        following = np.append(first[1:], 0)[: len(first)]
+        following[key_runs(table[KEY])[1][1:] - 1] = len(begins) - 1
+        last = np.where(table[stored.integers[0]].to_numpy() > 0, following, first)
+    copies = np.maximum(last - first + 1, 0)
+    row = np.repeat(np.arange(len(t)), copies)
+    part = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
+    order = np.argsort(part.astype(np.uint16), kind="stable")
+    row, part = row[order], part[order]
+    floor = np.maximum(begins, MISSING + 1) - (stored.kind != "sequence")
+    table = table.take(pa.array(row)).combine_chunks()
+    table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(np.maximum(t[row], floor[part])))
+    if stored.kind == "sequence":
+        ends = np.minimum(live_to[row], np.array([*begins[1:], NEVER])[part])
+        table = table.set_column(table.schema.get_field_index("_live_to"), "_live_to", pa.array(ends))
+    at = np.searchsorted(part, np.arange(len(begins) + 1))
+    for i, size in enumerate(np.diff(at)):
+        some = table.slice(at[i], size)
+        for j, column in enumerate(some.columns):
+            if pa.types.is_dictionary(column.type):
+                some = some.set_column(j, some.column_names[j], _compact(one_chunk(column)))
+        yield some
 
 
 def _compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
