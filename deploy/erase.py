@@ -2,12 +2,14 @@
 
 It first leaves a mark (`features.erased`), which names the runs and releases that had seen it and keeps a copy that lands
 again out. Every later step looks for what is left, so a repeat finishes what a kill left half-done. Snapshots keep their
-names, though they hold less; models that learned from the entity stay, and are named.
+names, though they hold less; models that learned from the entity stay, and are named. What a running endpoint has not
+written yet is waited for.
 """
 
-import re
+import hashlib
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from deploy.process import running
+from deploy.redact import Redactor
 from deploy.rollout import released, served_stores
 from deploy.skew import requests
-from features.cells import writable_cells
-from features.erased import Entity, mark_of, write_mark
+from features.cells import cleared, writable_cells
+from features.erased import Entity, drop_rows, mark_of, write_mark
 from features.feed import feed
 from features.ingest import (
     landed_files,
@@ -38,7 +42,7 @@ from features.landed import read_landed
 from features.online import anchor_of
 from features.push import Delivery, event_tables
 from features.store import build_features
-from features.versions import drop, files_of, forget, objects_of, remote_of, track, version_of
+from features.versions import drop, drop_half_made, files_of, forget, objects_of, remote_of, track, version_of
 from pipelines.errors import Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import file_digest, read_json, write_atomic, write_json
@@ -47,6 +51,7 @@ from pipelines.spec import Spec
 
 OURS = ("runs", "releases", "predictions", "scores", "quarantine", "events", "backfills", "studies", "lineage")
 SHARED = ("artifacts", "bentoml", "prefect", "errors", "mlflow")
+FLUSHED = 2  # times the promised age of a logged answer
 TEXT = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".log", "")
 
 
@@ -72,15 +77,17 @@ def erase(home: Home, spec: Spec, entity: Entity) -> Erased:
         landed = [p for p in _landing(home, spec) if entity.names(pq.read_table(p)).any()]
         if not (landed or otherwise or seen["snapshots"] or mark_of(home, spec.pipeline, entity)):
             raise UsageError(f"no row of {spec.pipeline} has {' and '.join(f'{n} = {t}' for n, t in entity.texts)}")
-        rows = _pending(home, spec, entity)
+        redactor, (rows, md5s) = Redactor(entity), _pending(home, spec, entity)
         mark = write_mark(home, spec.pipeline, entity, seen)
         landed_rows = sum(_drop_rows(path, entity.names) for path in landed) + otherwise
         object_rows = _objects(home, spec, entity)
-        _versions(home, spec, mark["snapshots"])
+        _versions(home, spec, mark["snapshots"], md5s)
         for folder in (home.root / "features" / spec.pipeline, home.root / "copies"):
             shutil.rmtree(folder, ignore_errors=True)
-        files = sum(_scrub(spec, path, entity, rows) for path in _files(home, spec.pipeline))
         _serve(home, spec, entity)
+        if running(home, spec.pipeline):  # it answers without the entity now, and has logged by then what it answered before
+            time.sleep(FLUSHED * max([own.serve.log_flush for _, own, _ in served_stores(home, spec.pipeline, "")]) / 1e6)
+        files = sum(_scrub(spec, path, entity, redactor, rows) for path in _files(home, spec.pipeline))
         _pending_file(home, spec.pipeline).unlink()
     line = f"{landed_rows:,} landed rows, {object_rows:,} rows of objects and what {files:,} other files told of it are gone"
     return Erased(spec.pipeline, landed_rows, object_rows, files, tuple(mark["runs"]), tuple(mark["releases"]),
@@ -102,18 +109,22 @@ def _pending_file(home: Home, pipeline: str) -> Path:
     return home.erased / f"{pipeline}.pending.json"
 
 
-def _pending(home: Home, spec: Spec, entity: Entity) -> pa.Array:
-    """Text keys of the prediction rows that belong to it; kept in a file until all is done."""
-    path, keys = _pending_file(home, spec.pipeline), set()
-    if path.exists():
-        keys |= set(read_json(path)["rows"])
+def _pending(home: Home, spec: Spec, entity: Entity) -> tuple[pa.Array, set[str]]:
+    """Text keys of the prediction rows that belong to it, and the md5s of objects that hold it; in a file until all is done."""
+    path = _pending_file(home, spec.pipeline)
+    held = read_json(path) if path.exists() else {"rows": [], "md5s": []}
+    keys, md5s = set(held["rows"]), set(held["md5s"])
     bodies = [read_json(p) for p in snapshot_files(home, spec.pipeline)]
-    for sha in {sha for body in bodies for sha, _ in body["objects"].get(spec.rows.source, ())}:
+    asked = {sha for body in bodies for sha, _ in body["objects"].get(spec.rows.source, ())}
+    for sha in {sha for body in bodies for sha in objects_of(body)}:
         if _holds(home, sha, entity):
-            table = pq.ParquetFile(home.objects / f"{sha}.parquet").read()
-            keys |= set(row_keys(spec, table.filter(pa.array(entity.names(table)))).to_pylist())
-    write_json(path, {"rows": sorted(key for key in keys if key is not None)})
-    return pa.array(sorted(key for key in keys if key is not None), pa.string())
+            data = (home.objects / f"{sha}.parquet").read_bytes()
+            md5s.add(hashlib.md5(data, usedforsecurity=False).hexdigest())
+            if sha in asked:
+                table = pq.ParquetFile(pa.BufferReader(data)).read()
+                keys |= {*row_keys(spec, table.filter(pa.array(entity.names(table)))).drop_null().to_pylist()}
+    write_json(path, {"rows": sorted(keys), "md5s": sorted(md5s)})
+    return pa.array(sorted(keys), pa.string()), md5s
 
 
 def row_keys(spec: Spec, table: pa.Table) -> pa.Array:
@@ -186,8 +197,11 @@ def _names(body: dict[str, Any]) -> set[str]:
     return objects_of(body) if "objects" in body else {entry["object"] for entry in body["files"].values()}
 
 
-def _versions(home: Home, spec: Spec, snapshots: list[str]) -> None:
-    """Removes old bytes from DVC's cache and remotes, and tracks what the snapshots are now."""
+def _versions(home: Home, spec: Spec, snapshots: list[str], md5s: set[str]) -> None:
+    """Removes old bytes, those of `md5s` among them, from DVC's cache and remotes, and tracks what the snapshots are now."""
+    if home.dvc.exists():
+        drop_half_made(home, spec.pipeline)
+        drop(home, md5s, remote_of(home, spec.versions.remote))
     current = {f"objects/{sha}.parquet" for path in snapshot_files(home, spec.pipeline) for sha in objects_of(read_json(path))}
     manifests = {path: read_json(path) for path in home.runs(spec.pipeline).glob("*/manifest.json")}
     for snapshot in snapshots:
@@ -213,16 +227,14 @@ def _files(home: Home, pipeline: str) -> Iterator[Path]:
         yield from (p for p in sorted(top.rglob("*")) if p.is_file() and not p.is_symlink())
 
 
-def _scrub(spec: Spec, path: Path, entity: Entity, rows: pa.Array) -> bool:
-    """Removes its rows from Parquet, and its value from text and databases; whether there was something."""
+def _scrub(spec: Spec, path: Path, entity: Entity, redactor: Redactor, rows: pa.Array) -> bool:
+    """Removes its rows from Parquet, and its values from text and databases; whether there was something."""
     if path.suffix == ".parquet":
         changed = _drop_rows(path, lambda table: entity.is_in(table) | true(pc.is_in(row_keys(spec, table), value_set=rows))) > 0
-    elif not entity.words:
-        return False
     elif path.suffix in (".db", ".sqlite"):
-        return _scrub_database(path, entity.texts[0][1])
+        return _scrub_database(path, redactor)
     else:
-        changed = path.suffix in TEXT and _scrub_text(path, entity.texts[0][1])
+        changed = path.suffix in TEXT and _scrub_text(path, redactor)
     if changed:
         _sign(path)
     return changed
@@ -232,41 +244,28 @@ def _drop_rows(path: Path, gone_of: Callable[[pa.Table], np.ndarray]) -> int:
     table = pq.ParquetFile(path).read()
     gone = gone_of(table)
     if gone.any():
-        scratch = path.with_name(f".{path.name}.erase")
-        pq.write_table(table.filter(pa.array(~gone)), scratch, compression="zstd")
-        scratch.replace(path)
+        drop_rows(path, table, gone)
     return int(gone.sum())
 
 
-def _word(value: str) -> str:
-    return rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])"
+def _scrub_text(path: Path, redactor: Redactor) -> bool:
+    text = path.read_bytes().decode(errors="surrogateescape")
+    clean = redactor.clean(text)
+    if clean != text:
+        write_atomic(path, clean.encode(errors="surrogateescape"))
+    return clean != text
 
 
-def _scrub_text(path: Path, value: str) -> bool:
-    data = path.read_bytes()
-    clean, count = re.subn(_word(value).encode(), b"erased", data) if value.encode() in data else (data, 0)
-    if count:
-        write_atomic(path, clean)
-    return count > 0
-
-
-def _scrub_database(path: Path, value: str) -> bool:
-    """Replaces the value in every text of a SQLite file, and leaves no free page with it."""
-    wal = path.with_name(path.name + "-wal")
-    if not any(value.encode() in p.read_bytes() for p in (path, wal) if p.exists()):
-        return False
-    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
-        db.execute("PRAGMA secure_delete = ON")
-        db.create_function("scrub", 1, lambda text: re.sub(_word(value), "erased", text))
+def _scrub_database(path: Path, redactor: Redactor) -> bool:
+    """Cleans every text of a SQLite file, and leaves no free page with the old ones. It is not searched as bytes: a text may
+    be cut where a page ends."""
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db, cleared(db, path):
+        db.create_function("clean", 1, redactor.clean)
         for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE '%VIRTUAL%'").fetchall():
             for column in [row[1] for row in db.execute(f'PRAGMA table_info("{table}")')]:
-                db.execute(f'UPDATE "{table}" SET "{column}" = scrub("{column}") '
-                           f'WHERE typeof("{column}") = \'text\' AND instr("{column}", ?) AND scrub("{column}") != "{column}"',
-                           (value,))  # fmt: skip
-        changed = db.total_changes > 0
-        db.execute("VACUUM")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return changed
+                db.execute(f'UPDATE "{table}" SET "{column}" = clean("{column}") '
+                           f'WHERE typeof("{column}") = \'text\' AND clean("{column}") != "{column}"')  # fmt: skip
+        return db.total_changes > 0
 
 
 def _sign(path: Path) -> None:
@@ -311,8 +310,6 @@ def _landed_otherwise(home: Home, spec: Spec, entity: Entity) -> int:
                     raise
                 continue
             if (rows := entity.names(table)).any():
-                pq.write_table(table.filter(pa.array(~rows)), path.with_name(f".{path.name}.erase"))
-                path.with_name(f".{path.name}.erase").replace(path.with_name(f"{path.name}.parquet"))
-                path.unlink()
+                drop_rows(path, table, rows)
                 gone += int(rows.sum())
     return gone

@@ -162,13 +162,30 @@ def _remote(store: str) -> Cells:
     return RedisCells(url, name) if url.startswith("redis") else PostgresCells(url, name)
 
 
+@contextmanager
+def cleared(db: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """What is deleted from a SQLite file inside leaves no byte in it or its log. Raises MillraceError while another uses it."""
+    try:
+        db.execute("PRAGMA secure_delete = ON")
+        yield
+        db.execute("VACUUM")
+        ((busy, _, _),) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if busy:
+            raise sqlite3.OperationalError("the log is locked by a reader")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        raise MillraceError(f"{path} is in use by another process, and may still hold what was deleted: try again") from None
+
+
 class SqliteCells:
     """A file in a folder. Not shared between threads."""
 
     FILE = "store.sqlite"
+    WAIT_S = 60  # for another writer, or for readers of what is to be deleted
 
     def __init__(self, folder: Path, *, write: bool) -> None:
-        path = folder / self.FILE
+        path = self.path = folder / self.FILE
         if not write:
             self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
             return
@@ -181,9 +198,14 @@ class SqliteCells:
             scratch.unlink()
         self.db = self._made(path)
 
-    @staticmethod
-    def _made(path: Path) -> sqlite3.Connection:
-        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    def __del__(self) -> None:
+        """Lets go of the file at once: a connection is in a cycle with its statements, and would live until the next gc."""
+        with suppress(AttributeError):  # it was never opened
+            self.db.close()
+
+    @classmethod
+    def _made(cls, path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=cls.WAIT_S, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         for table in ("cells (view TEXT, key TEXT, packed BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID",
                       "events (number INTEGER PRIMARY KEY, id TEXT UNIQUE, source TEXT, row TEXT, wall_us INTEGER)",
@@ -268,11 +290,9 @@ class SqliteCells:
         self.db.execute("DELETE FROM cells WHERE view = ?", (view,))
 
     def purge(self, ids: Sequence[str]) -> None:
-        self.db.execute("PRAGMA secure_delete = ON")
-        self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
-        self.db.execute("DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
-        self.db.execute("VACUUM")
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with cleared(self.db, self.path):
+            self.db.execute("DELETE FROM cells WHERE view LIKE ?", (f"{FEAST}%",))
+            self.db.execute("DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
 
 
 class RedisCells:

@@ -4,15 +4,18 @@ A mark holds no value: only a salted digest of it. Who has the home can still tr
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from features.keys import SEPARATOR, true
 from pipelines.clock import iso, parse_time, wall_us
@@ -62,8 +65,8 @@ class Entity:
         """Rows of any other table of ours that tell of it, by a column, a text key or JSON (bool, N)."""
         found = np.ones(table.num_rows, bool)
         for name, text in self.texts:
-            spellings = "|".join(re.escape(t) for t in _spellings(text))
-            pattern = rf'(^|\x1f)({spellings})($|\x1f)|"{re.escape(name)}": ?"?({spellings})["Z,}}.:]'
+            forms = "|".join(re.escape(form) for t in spellings(text) for form in dict.fromkeys((t, json.dumps(t)[1:-1])))
+            pattern = rf'(^|\x1f)({forms})($|\x1f)|"{re.escape(name)}": ?"?({forms})["Z,}}.:]'
             part = np.zeros(table.num_rows, bool)
             for column in table.column_names:
                 kind = table[column].type
@@ -75,10 +78,14 @@ class Entity:
         return found
 
 
-def _spellings(text: str) -> list[str]:
-    """A value as a text key and as JSON may hold it: a time in µs is ISO there."""
-    us = int(text) if re.fullmatch(r"-?\d{12,17}", text) else None
-    return [text] if us is None else [text, iso(us).rstrip("Z")]
+def spellings(text: str) -> list[str]:
+    """A value as a text key, JSON and Python may hold it: a time in µs is ISO there."""
+    if text.lower() in ("true", "false"):
+        return [text.lower(), text.capitalize()]
+    if not re.fullmatch(r"-?\d{12,17}", text):
+        return [text]
+    times = [iso(int(text)).rstrip("Z"), iso(int(text)).rstrip("Z").replace("T", " ")]
+    return [text, *times, f"{times[0]}Z", f"{times[1]}+00:00"]
 
 
 def _equal(column: pa.ChunkedArray, text: str) -> np.ndarray:
@@ -117,8 +124,9 @@ def write_mark(home: Home, pipeline: str, entity: Entity, seen: Mapping[str, Seq
     return mark
 
 
-def without_erased(home: Home, pipeline: str, table: pa.Table) -> pa.Table:
-    """Rows of a table of facts whose entity was not erased."""
+def erased_rows(home: Home, pipeline: str, table: pa.Table) -> np.ndarray:
+    """Rows of a table of facts whose entity was erased (bool, N)."""
+    gone = np.zeros(table.num_rows, bool)
     for mark in marks(home, pipeline):
         columns = mark["columns"]
         if not set(columns) <= set(table.column_names):
@@ -128,9 +136,29 @@ def without_erased(home: Home, pipeline: str, table: pa.Table) -> pa.Table:
         distinct = keys.group_by(keys.column_names).aggregate([]).to_pylist()
         bad = [row for row in distinct if None not in row.values() and _digest(mark["salt"], [*row.values()]) == mark["digest"]]
         for row in bad:
-            gone = np.logical_and.reduce([true(pc.equal(keys[i], value)) for i, value in row.items()])
-            table = table.filter(pa.array(~gone))
-    return table
+            gone |= np.logical_and.reduce([true(pc.equal(keys[i], value)) for i, value in row.items()])
+    return gone
+
+
+def without_erased(home: Home, pipeline: str, table: pa.Table) -> pa.Table:
+    """Rows of a table of facts whose entity was not erased."""
+    gone = erased_rows(home, pipeline, table)
+    return table.filter(pa.array(~gone)) if gone.any() else table
+
+
+def drop_rows(path: Path, table: pa.Table, gone: np.ndarray) -> Path:
+    """Writes a file of rows without those that are gone (bool, N); one that is no Parquet as Parquet beside its old name.
+
+    `table`: what is in it. The path on which it is then.
+    """
+    is_parquet = path.suffix == ".parquet"
+    left = path if is_parquet else path.with_name(f"{path.name}.parquet")
+    scratch = left.with_name(f".{left.name}.erase")
+    pq.write_table((pq.ParquetFile(path).read() if is_parquet else table).filter(pa.array(~gone)), scratch, compression="zstd")
+    scratch.replace(left)
+    if left != path:
+        path.unlink()
+    return left
 
 
 def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.erased import without_erased
+from features.erased import drop_rows, erased_rows
 from features.keys import KNOWN, text_keys
 from features.landed import ARROW, read_landed
 from features.quarantine import BadRows, bad_rows
@@ -26,7 +26,7 @@ from pipelines.clock import NEVER, iso, wall_us
 from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.lineage import dataset
-from pipelines.manifest import digest_of, read_json, write_json, write_page
+from pipelines.manifest import digest_of, file_digest, read_json, write_json, write_page
 from pipelines.run import accepted, unfinished
 from pipelines.spec import Source, Spec
 
@@ -61,7 +61,8 @@ def ingest(spec: Spec, home: Home) -> Snapshot:
     new = len(found.keys() - index.keys())
     try:
         for name, path in found.items():
-            index[name] = _entry(spec, home, name, path, index.get(name), taken)
+            read, index[name] = _entry(spec, home, name, path, index.get(name), taken)
+            index[read] = index.pop(name)
         _check_columns(spec, index)
     except Refused:
         write_landing_index(home, spec.pipeline, index)  # arrival is the first sight, whatever becomes of the snapshot
@@ -81,13 +82,16 @@ def _taken_in(spec: Spec, home: Home) -> set[str]:
 
 def _entry(
     spec: Spec, home: Home, name: str, path: Path, entry: dict[str, Any] | None, taken: Callable[[], set[str]]
-) -> dict[str, Any]:  # fmt: skip
-    """What the index says of a landing file. Only a new or changed one is read; one that runs built on may not change."""
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """A landing file, and what the index says of it. Only a new or changed one is read; one that runs built on may not change.
+
+    A file that tells of who was erased goes on without these rows: as Parquet, under another name where it was none.
+    """
     stat, source = path.stat(), spec.sources[name.split("/")[0]]
     columns = _columns_digest(source, spec.timed)
     same_spec = entry is not None and entry["columns"] == columns
     if entry and same_spec and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-        return entry
+        return name, entry
     data = path.read_bytes()
     sha = hashlib.sha256(data).hexdigest()
     if entry and entry["sha256"] != sha:
@@ -98,10 +102,13 @@ def _entry(
             )
         entry = None
     if entry and same_spec:
-        return {**entry, "mtime_ns": stat.st_mtime_ns}
+        return name, {**entry, "mtime_ns": stat.st_mtime_ns}
     table, absent = read_landed(name, data, source, timed=spec.timed)
-    table = without_erased(home, spec.pipeline, table)
-    return {
+    gone = erased_rows(home, spec.pipeline, table)
+    if gone.any():
+        path, table = drop_rows(path, table, gone), table.filter(pa.array(~gone))
+        stat, sha = path.stat(), file_digest(path)
+    return path.relative_to(home.landing(spec.pipeline)).as_posix(), {
         "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha, "rows": table.num_rows, "absent": absent,
         "arrival_us": entry["arrival_us"] if entry else wall_us(), "object": store_object(table, home), "columns": columns,
     }  # fmt: skip

@@ -8,14 +8,13 @@ import gzip
 import hashlib
 import io
 import json
-import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -23,6 +22,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from features.keys import SEPARATOR, one_chunk
+from features.tfrecord import columns_at_once, example, records
 from pipelines.clock import parse_time
 from pipelines.errors import Refused, nearest
 from pipelines.spec import Source
@@ -291,15 +291,25 @@ def _cell(where: str, place: str, column: str, value: str, declared: str, more: 
 
 def _tfrecord(where: str, data: bytes, source: Source) -> Found:
     """Lists of one value each; none, or no feature, is null. Times are text with a zone, or whole µs since 1970 (UTC)."""
+    begins, lengths = records(where, data)
+    declared = {name: column.type for name, column in source.columns.items()}
+    at_once = columns_at_once(data, begins, lengths, declared)
+    if at_once is not None:
+        texts = Found(at_once, len(begins), [*at_once], text=True, place="record {}".format)
+        return Found({name: _parsed(where, name, texts, declared[name]) for name in at_once}, len(begins), [*at_once])
+    return _one_by_one(where, data, begins, lengths, source)
+
+
+def _one_by_one(where: str, data: bytes, begins: np.ndarray, lengths: np.ndarray, source: Source) -> Found:
     from google.protobuf.message import DecodeError
 
-    parse, records = _example().FromString, list(_records(where, data))
-    cells: dict[str, list[Any]] = {name: [None] * len(records) for name in source.columns}
+    parse = example().FromString
+    cells: dict[str, list[Any]] = {name: [None] * len(begins) for name in source.columns}
     allowed = {name: (None, *_KINDS[column.type]) for name, column in source.columns.items()}
     seen: set[str] = set()
-    for row, (at, record) in enumerate(records):
+    for row, (at, length) in enumerate(zip(begins.tolist(), lengths.tolist(), strict=True)):
         try:
-            entries = parse(record).features.feature
+            entries = parse(data[at + 12 : at + 12 + length]).features.feature
         except DecodeError:
             raise Refused(f"{where}, record at byte {at:,}: not a tf.train.Example") from None
         for entry in entries:
@@ -317,7 +327,7 @@ def _tfrecord(where: str, data: bytes, source: Source) -> Found:
             if given:
                 cells[name][row] = given[0]
     columns = {n: _from_feature(where, n, cells[n], source.columns[n].type) for n in sorted(seen)}
-    return Found(columns, len(records), sorted(seen))
+    return Found(columns, len(begins), sorted(seen))
 
 
 _KINDS = {"string": ("bytes_list",), "timestamp": ("bytes_list", "int64_list"), "int64": ("int64_list",),
@@ -340,62 +350,6 @@ def _from_feature(where: str, column: str, values: list[Any], declared: str) -> 
         return pa.array(values, ARROW[declared])
     except (UnicodeDecodeError, pa.ArrowException) as error:
         raise Refused(f"{where}: feature {column!r} does not fit {declared}: {error}") from None
-
-
-def _records(where: str, data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Every record and the byte at which it begins. Raises Refused naming the first that is corrupt or cut short."""
-    import google_crc32c
-
-    def masked(part: bytes) -> int:
-        crc = google_crc32c.value(part)
-        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-    at = 0
-    while at < len(data):
-        head = data[at : at + 12]
-        end = at + 16
-        if len(head) == 12:
-            length, check = struct.unpack("<QI", head)
-            if masked(head[:8]) != check:
-                raise Refused(f"{where}, record at byte {at:,}: the length does not match its checksum: corrupt, or no TFRecord")
-            end += length
-        if end > len(data):
-            raise Refused(f"{where}, record at byte {at:,}: cut short, it needs {end - len(data):,} more bytes")
-        record = data[at + 12 : end - 4]
-        if masked(record) != int.from_bytes(data[end - 4 : end], "little"):
-            raise Refused(f"{where}, record at byte {at:,}: the data do not match their checksum: corrupt")
-        yield at, record
-        at = end
-
-
-# tensorflow/core/example/{example,feature}.proto, the map as the repeated entries that it is on the wire, which is faster to read
-_EXAMPLE = """
-name: "example.proto" package: "tf" syntax: "proto3"
-message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
-message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
-message_type { name: "Feature" oneof_decl { name: "kind" }
-  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: ".tf.BytesList" oneof_index: 0 label: LABEL_OPTIONAL }
-  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".tf.FloatList" oneof_index: 0 label: LABEL_OPTIONAL }
-  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: ".tf.Int64List" oneof_index: 0 label: LABEL_OPTIONAL } }
-message_type { name: "Features"
-  field { name: "feature" number: 1 type: TYPE_MESSAGE type_name: ".tf.Features.FeatureEntry" label: LABEL_REPEATED }
-  nested_type { name: "FeatureEntry"
-    field { name: "key" number: 1 type: TYPE_STRING label: LABEL_OPTIONAL }
-    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".tf.Feature" label: LABEL_OPTIONAL } } }
-message_type { name: "Example"
-  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".tf.Features" label: LABEL_OPTIONAL } }
-"""
-
-
-@cache
-def _example() -> Any:
-    """The class of tf.train.Example."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tf.Example"))
 
 
 def _row_digests(table: pa.Table) -> pa.Array:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.cells import PUSHED, Change, Event, Meta, Update, open_cells, writable_cells
-from features.erased import without_erased
+from features.erased import marks, without_erased
 from features.facts import int_times
 from features.feed import Tables, changed_cells, recent
 from features.ingest import (
@@ -64,7 +64,7 @@ class Pusher:
     def __init__(self, spec: Spec, home: Home, store: Path | str) -> None:
         self.spec, self.home, self.cells = spec, home, writable_cells(store)
         self.tables: Tables = {}
-        self.at = ("", 0)  # snapshot, and number of the last event, that the tables hold
+        self.at = ("", 0, 0)  # snapshot, number of the last event, and how many erasures, that the tables know of
 
     def push(self, events: Sequence[Event], now: int) -> Receipt:
         """Takes events whose facts are known by `now` (µs). All or none: raises BadEvent for one that cannot be taken."""
@@ -89,21 +89,23 @@ class Pusher:
 
         self.cells.feed(decide)
         self.tables, receipt = done[0]
-        self.at = (self.at[0], receipt.last)
+        self.at = (self.at[0], receipt.last, self.at[2])
         return receipt
 
     def _catch_up(self, held: Meta) -> None:
         """Brings the tables to what the store was fed, and to the events of other writers."""
         if not held or held["format"] != layout_digest(self.spec):
             raise MillraceError(f"the served store is not fed: run `millrace run {self.spec.pipeline}`")
-        if self.at == (held["snapshot"], int(held.get(PUSHED, 0))):
+        now = (held["snapshot"], int(held.get(PUSHED, 0)), len(marks(self.home, self.spec.pipeline)))
+        if self.at == now:
             return
-        if self.at[0] != held["snapshot"]:
+        if (self.at[0], self.at[2]) != (now[0], now[2]):
             snapshot = read_snapshot(self.home, self.spec.pipeline, held["snapshot"])
             whole = {name: read_table(self.spec, self.home, snapshot, name) for name in self.spec.sources}
             self.tables = recent(self.spec, whole, int(held["data_us"]))
-        self.tables = with_events(self.spec, self.tables, self.cells.events())[0]
-        self.at = (held["snapshot"], int(held.get(PUSHED, 0)))
+        tables = with_events(self.spec, self.tables, self.cells.events())[0]
+        self.tables = {name: without_erased(self.home, self.spec.pipeline, table) for name, table in tables.items()}
+        self.at = now
 
 
 def with_events(spec: Spec, tables: Tables, events: Iterable[Event], *, landed_wins: bool = False) -> tuple[Tables, Tables]:

@@ -205,6 +205,13 @@ def drop(home: Home, md5s: set[str], remote: str) -> None:
                     store.delete(md5)
 
 
+def drop_half_made(home: Home, pipeline: str) -> None:
+    """Waits for who tracks a snapshot now, and removes what one that was killed has laid out."""
+    with lock(home.lock("dvc"), what="a version of data", wait=True):
+        for folder in [p for p in (home.dvc / pipeline).glob("*") if p.is_dir()]:
+            shutil.rmtree(folder)
+
+
 def files_of(home: Home, pipeline: str, snapshot: str) -> dict[str, str]:
     """The md5 of every file of a tracked snapshot, its directory's under an empty name."""
     version = version_of(home, pipeline, snapshot)

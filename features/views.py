@@ -92,6 +92,16 @@ def stored_of(spec: Spec, name: str, view: View) -> list[Stored]:
     return found
 
 
+def stored_for(spec: Spec, name: str, feature: str) -> tuple[str, ...]:
+    """The stored views that a feature of a view, or of no view, is made of."""
+    if name not in spec.features.views:
+        return ()
+    prefix, column = feature.split("__", 1)
+    shape = spec.features.views[name].shape
+    ago = column.rpartition("_change_")[2] if isinstance(shape, Latest) and column not in shape.columns else ""
+    return (prefix, f"{prefix}_ago_{ago}") if ago else (prefix,)
+
+
 def resolution(source: Source, name: str) -> float:
     """Smallest step of a column that window sums keep: whole numbers, unless a float64 column declares another."""
     column = source.columns[name]

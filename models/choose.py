@@ -1,7 +1,7 @@
 """Which proposed features stay: chosen on the training part alone, and each with the reason why.
 
-In order: what tells nothing, what tells too much, what another one tells already, and what a model gains no more from
-than from noise. N rows, F features.
+In order: what tells nothing, what tells too much, what another one tells already, what a model gains no more from than from
+noise, and whole views that are looked up for nothing that can be measured. N rows, F features.
 """
 
 import shutil
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import lightgbm as lgb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from features.keys import KNOWN
 from features.propose import Proposal, chosen, propose, thin
 from features.rows import PARTS, Rows, prediction_rows
 from features.store import FeatureSet, apply_feast, historical_features, write_views
+from features.views import stored_for, stored_views
 from models.evaluate import auc
 from models.gbdt import fit_gbdt, importance
 from pipelines.clock import MISSING
@@ -32,8 +34,10 @@ from pipelines.manifest import Note, write_json, write_page
 from pipelines.spec import Latest, Spec
 from pipelines.spec import Sequence as Chain
 
-LEARN = 0.75  # share of the rows, the older ones, from which the trees learn; the newer ones end that
-LEARNING = {"learning_rate": 0.1, "max_rounds": 100}  # a ranking needs fewer trees than a model
+STRETCHES = 8  # of time; from every other one trees learn, the rows of the others judge them
+LEARNING = {"learning_rate": 0.1, "max_rounds": 100}  # a ranking needs fewer trees than a model, of fewer leaves and edges
+LEAVES, EDGES = 31, {"max_bin": 63}
+FEWER = 0.8  # of the views stay from one step to the next
 PROBES = 20  # columns of noise whose mean a feature has to beat
 SAMPLED = 20_000  # rows, at most, by which features are compared with one another
 TREND = 0.9  # rank correlation with time from which a feature tells when a row is, and nothing about later rows
@@ -85,8 +89,8 @@ def choose_into(spec: Spec, home: Home, snapshot: Snapshot, as_of: int, out: Pat
         ("Counts", [(reason, f"{count:,}") for reason, count in counted.most_common()]),
         ("Verdicts", [("feature", "verdict", "why"), *((v.feature, v.reason, v.why) for v in verdicts)]),
     ])  # fmt: skip
-    views = len(resolved.features.views)
-    return Note(f"{counted[KEPT]} of {len(verdicts)} proposed features kept, in {views} views, by {len(at):,} training rows")
+    kept_of, views = f"{counted[KEPT]} of {len(verdicts)} proposed features kept", len(stored_views(resolved))
+    return Note(f"{kept_of}, in {views} stored views, by {len(at):,} training rows")
 
 
 def _frame(spec: Spec, home: Home, tables: Mapping[str, pa.Table], rows: Rows, at: np.ndarray, out: Path) -> Columns:
@@ -109,12 +113,12 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t:
     own = [f for f in features if f.name in written]
     found: dict[str, Verdict] = {f.name: Verdict(f.name, f.group, KEPT, "written in the spec") for f in own}
     coded = {f.name: _coded(frame[f.name]) for f in features}
-    alone = {name: alone_auc(values, label) for name, values in coded.items()}
+    step = -(-len(t) // SAMPLED)
+    alone = {name: alone_auc(values[::step], label[::step]) for name, values in coded.items()}
 
     def drop(feature: Feature, reason: str, why: str) -> None:
         found[feature.name] = Verdict(feature.name, feature.group, reason, why, round(alone[feature.name], 4))
 
-    step = -(-len(t) // SAMPLED)
     values_of = {name: len(np.unique(values[::step])) for name, values in coded.items()}
     moment, left = _ranks(t[::step]), []
     for feature in sorted(features, key=lambda f: (f.name not in written, _cost(proposal.spec, f), -values_of[f.name], f.name)):
@@ -141,12 +145,58 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t:
     gain, noise = gains(spec, left, frame, label)
     ranked = sorted((f for f in left if f.name not in written), key=lambda f: (-gain[f.name], f.name))
     room = max(auto.keep - len(written), 0)
-    for place, feature in enumerate(ranked):
+    strong = [f for f in ranked if gain[f.name] > noise][:room]
+    served = fewest_views(spec, proposal, [*own, *strong], gain, frame, label)
+    for feature in ranked:
         share = gain[feature.name]
-        reason = "weak" if share <= noise else "over the limit" if place >= room else KEPT
-        why = f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
+        reason, why = KEPT, f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
+        if feature not in strong:
+            reason = "weak" if share <= noise else "over the limit"
+        elif not served.holds(proposal.spec, feature):
+            reason, why = "not worth a view", f"{why}; {served.why}"
         found[feature.name] = Verdict(feature.name, feature.group, reason, why, round(alone[feature.name], 4), round(share, 6))
     return sorted(found.values(), key=lambda v: (not v.kept, -(v.gain or 0.0), v.feature))
+
+
+@dataclass(frozen=True)
+class Served:
+    """The stored views that are worth to be looked up at every request, and by what figures."""
+
+    views: set[str]
+    why: str
+
+    def holds(self, spec: Spec, feature: Feature) -> bool:
+        return self.views.issuperset(stored_for(spec, feature.group, feature.name))
+
+
+def fewest_views(
+    spec: Spec, proposal: Proposal, features: Sequence[Feature], gain: Mapping[str, float], frame: Columns, label: np.ndarray
+) -> Served:  # fmt: skip
+    """As few stored views as answer no worse than more of them, by one standard error of the difference in log loss.
+
+    The views that the trees gain least from go first; those that were written features need stay.
+    """
+    weight, free = Counter[str](), set[str]()
+    for feature in features:
+        views = stored_for(proposal.spec, feature.group, feature.name)
+        free.update(views if feature.name in proposal.written else ())
+        weight.update(dict.fromkeys(views, gain[feature.name]))
+    order = sorted(weight.keys() - free, key=lambda view: (-weight[view], view))
+
+    def losses(size: int) -> np.ndarray | None:
+        held = Served(free.union(order[:size]), "")
+        some = [f for f in features if held.holds(proposal.spec, f)]
+        return _learned(spec, some, frame, label).losses if some else None
+
+    size = len(order)
+    best = losses(size)
+    while size and best is not None:
+        fewer = losses(int(FEWER * size))
+        if fewer is None or (fewer - best).mean() > (fewer - best).std() / np.sqrt(len(best)):
+            break
+        size, best = int(FEWER * size), min(best, fewer, key=np.mean)
+    told = f"{size + len(free)} of {len(order) + len(free)} stored views answer no worse than more of them"
+    return Served(free.union(order[:size]), told)
 
 
 def _cost(spec: Spec, feature: Feature) -> tuple[int, int]:
@@ -219,16 +269,31 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks / length if length else ranks
 
 
-def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.ndarray) -> tuple[dict[str, float], float]:
-    """Share of the gain of all splits by feature, and the share that a column of noise gets, the mean of PROBES.
+@dataclass(frozen=True)
+class _Learned:
+    """Trees of some rows: each feature's share of the gain of all splits, and the log loss of each row that judges them."""
 
-    The trees learn from the older rows and stop where the newer ones no longer gain.
-    """
+    share: dict[str, float]
+    losses: np.ndarray
+
+
+def _learned(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.ndarray) -> _Learned:
+    """The trees learn from every other stretch of time, and stop where the rows of the others no longer gain."""
+    judged = np.arange(len(label)) * STRETCHES // len(label) % 2 == 1
+    part = np.where(judged, PARTS.index("valid_fit"), PARTS.index("train"))
+    fitted = preprocess.fit(frame, ~judged, features)
+    batch = fitted.transform(frame)
+    params = spec.gbdt.model_copy(update={**LEARNING, "num_leaves": min(spec.gbdt.num_leaves, LEAVES)})
+    trees = fit_gbdt(params, batch, label, part, spec.seed, extra=EDGES, threads=1)  # a second one gains little, others lose it
+    share = dict(zip((*fitted.numbers, *fitted.categories), importance(trees.text).tolist(), strict=True))
+    told = np.asarray(lgb.Booster(model_str=trees.text).predict(batch.take(np.flatnonzero(judged)).trees), np.float64)
+    return _Learned(share, -np.log(np.maximum(np.where(label[judged] == 1, told, 1 - told), 1e-15)))
+
+
+def gains(spec: Spec, features: Sequence[Feature], frame: Columns, label: np.ndarray) -> tuple[dict[str, float], float]:
+    """Share of the gain of all splits by feature, and the share that a column of noise gets, the mean of PROBES."""
     rng = np.random.default_rng(spec.seed)
     probes = [Feature(f"_noise_{i}", "number", "") for i in range(PROBES)]
     both = {f.name: frame[f.name] for f in features} | {p.name: rng.normal(size=len(label)) for p in probes}
-    part = np.where(np.arange(len(label)) < LEARN * len(label), PARTS.index("train"), PARTS.index("valid_fit"))
-    fitted = preprocess.fit(both, part == PARTS.index("train"), [*features, *probes])
-    trees = fit_gbdt(spec.gbdt.model_copy(update=LEARNING), fitted.transform(both), label, part, spec.seed)
-    share = dict(zip((*fitted.numbers, *fitted.categories), importance(trees.text).tolist(), strict=True))
+    share = _learned(spec, [*features, *probes], both, label).share
     return share, float(np.mean([share[p.name] for p in probes]))

@@ -1,5 +1,6 @@
 """The served store in SQLite, Redis and Postgres: one contract, real servers."""
 
+import gc
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from features import feed as feeding
 from features import online, rows
-from features.cells import Change, Held, StoreDown, Update, open_cells, writable_cells
+from features.cells import Change, Held, SqliteCells, StoreDown, Update, open_cells, writable_cells
 from features.feed import feed
 from features.online import OnlineStore, serve_features
 from features.rows import online_rows
@@ -43,6 +44,27 @@ def test_what_was_fed_is_read(place: str) -> None:
     assert mark == "m" and one == {key: f"mone{key}".encode() for key in KEYS} and two == {"a": b"mtwoa"}
     assert cells.get([("one", []), ("three", ["a"])]) == [{}, {}]
     assert cells.keys("one") == sorted(KEYS) and cells.keys("three") == []
+
+
+def test_a_file_is_let_go_with_its_last_user(tmp_path: Path) -> None:
+    """Not at some later garbage collection: until then its log would stay, and the file be in use."""
+    gc.disable()
+    try:
+        fill(str(tmp_path), "m")
+        assert [path.name for path in tmp_path.iterdir()] == ["store.sqlite"]
+    finally:
+        gc.enable()
+
+
+def test_a_purge_says_so_while_a_reader_keeps_what_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(str(tmp_path), "m")
+    monkeypatch.setattr(SqliteCells, "WAIT_S", 0.2)
+    reader, writer = open_cells(tmp_path), writable_cells(tmp_path)
+    with reader.reading():
+        assert look(reader)[0] == "m"
+        with pytest.raises(MillraceError, match="is in use by another process, and may still hold what was deleted"):
+            writer.purge([])
+    writer.purge([])
 
 
 def test_a_feed_replaces_everything_and_sees_what_was_there(place: str) -> None:

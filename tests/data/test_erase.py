@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.erase import erase
+from deploy.redact import Redactor
 from deploy.rollout import Release, bento_folder, feed_all, promote
 from features.cells import Event, open_cells
 from features.erased import Entity
@@ -183,9 +184,14 @@ def test_a_copy_that_lands_again_is_left_out(home: Home, made: tuple[Home, Spec,
     erase(home, spec, entity(spec))
     first = ingest(spec, home)
     land(home, "once-more")
+    csv = home.landing("buses") / "stops" / "again.csv"
+    csv.write_text(f"stop,zone,since\n{STOP},q,2024-05-01T00:00:00Z\n")
     second = ingest(spec, home)
-    assert second.new_files == 3 and second.digest == first.digest and second.rows == first.rows
-    assert not any(STOP in name for name in telling(home.objects, STOP))
+    assert second.new_files == 4 and second.digest == first.digest and second.rows == first.rows
+    assert telling(home.root, STOP) == [] and not csv.exists()
+    third = ingest(spec, home)
+    assert (third.new_files, third.digest) == (0, first.digest)
+    assert pq.read_table(home.landing("buses") / "trips" / "once-more.parquet").num_rows == 40  # of the other stop
 
 
 KILLED = """
@@ -240,6 +246,77 @@ def test_an_entity_of_several_columns_is_only_where_all_hold(home: Home, made: t
     assert not {("L7", 9001), ("L7", 9002)} & rows and ("L7", 9003) in rows
 
 
+def test_a_number_is_erased_where_text_names_it(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    """Pages, JSON, logs and databases: beside its column or below it, and nothing else that looks like it."""
+    spec, run = made[1], home.runs("buses") / "run-1"
+    stays = {"rows": 9001, "other": {"line": "L7", "trip": 9002}, "longer": {"line": "L7", "trip": 19001}}
+    said = {**stays, "example": {"line": "L7", "trip": 9001}}
+    write_json(run / "example.json", said)
+    sample = {"sample_columns": ["line", "trip"], "sample_rows": [["L7", "9001"], ["L7", "9002"]]}
+    write_json(run / "contract.json", {"checks": [{"count": 9001, **sample}]})
+    text = "trips [range]: line=L7 trip=9001 | line=L8 trip=9001\nthe fact {'line': 'L7', 'trip': '9001'}\n"
+    (run / "trips.log").write_text(text)
+    cells = "".join(f"<tr><td>{line}</td><td>{trip}</td></tr>" for line, trip in (("L7", 9001), ("L7", 9002), ("L8", 9001)))
+    (run / "page.html").write_text(f"<p>9001</p><table><tr><th>line</th><th>trip</th></tr>{cells}</table>")
+    with closing(sqlite3.connect(home.root / "prefect" / "prefect.db")) as db:
+        db.execute("INSERT INTO artifact VALUES (9001, ?)", ('{"line": "L7", "trip": 9001}',))
+        db.commit()
+    erase(home, spec, Entity.of(spec, ["line=L7", "trip=9001"]))
+    found = read_json(run / "example.json")
+    assert found["example"] == {"line": "erased", "trip": None}
+    assert {name: found[name] for name in stays} == stays
+    assert read_json(run / "contract.json")["checks"] == [{"count": 9001, **sample, "sample_rows": [["L7", "9002"]]}]
+    text = "trips [range]: line=erased trip=erased | line=L8 trip=9001\nthe fact {'line': 'erased', 'trip': 'erased'}\n"
+    assert (run / "trips.log").read_text() == text
+    left = cells.replace("<tr><td>L7</td><td>9001</td></tr>", "")
+    assert (run / "page.html").read_text() == f"<p>9001</p><table><tr><th>line</th><th>trip</th></tr>{left}</table>"
+    with closing(sqlite3.connect(home.root / "prefect" / "prefect.db")) as db:
+        kept = db.execute("SELECT id, data FROM artifact WHERE id = 9001").fetchall()
+    assert kept == [(9001, '{"line": "erased", "trip": null}')]
+
+
+@pytest.mark.parametrize(("given", "text", "left"), [
+    ('stop=Zoë "A" & Co', r'{"stop": "Zo\u00eb \"A\" & Co"} Zoë &#34;A&#34; &amp; Co', '{"stop": "erased"} erased'),
+    ("day=2024-05-06", "day=2024-05-06T00:00:00Z, day=2024-05-06T00:00:00.5Z", "day=erased, day=2024-05-06T00:00:00.5Z"),
+    ("day=2024-05-06", '{"day": 1714953600000000, "due": 1714953600000000}', '{"day": null, "due": 1714953600000000}'),
+    ("low_floor=true", "{'low_floor': True} low_floor: false", "{'low_floor': erased} low_floor: false"),
+    ("trip=7", r'"{\"trip\": 7}" &quot;trip&quot;: 7', r'"{\"trip\": null}" &quot;trip&quot;: null'),
+    ("trip=7", "trip=7.5 strip=7 trip = 70 trip: 7.", "trip=7.5 strip=7 trip = 70 trip: erased."),
+])  # fmt: skip
+def test_a_value_is_known_in_every_spelling(made: tuple[Home, Spec, Snapshot], given: str, text: str, left: str) -> None:
+    given = given.replace("day=2024-05-06", "day=2024-05-06T00:00:00Z")
+    assert Redactor(Entity.of(made[1], [given])).clean(text) == left
+
+
+def test_a_word_that_is_cut_where_a_page_ends_is_erased_too(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    path = home.root / "mlflow" / "mlflow.db"
+    path.parent.mkdir()
+    for filling in range(4_000, 4_200):
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE tags (value TEXT)")
+            db.execute("INSERT INTO tags VALUES (?)", (f"{'-' * 9_000} {STOP} {'-' * filling}",))
+            db.commit()
+        if STOP.encode() not in path.read_bytes():
+            break
+    assert STOP.encode() not in path.read_bytes()
+    erase(home, made[1], entity(made[1]))
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT value FROM tags").fetchall() == [(f"{'-' * 9_000} erased {'-' * filling}",)]
+
+
+def test_what_a_killed_tracker_has_left_tells_of_it_no_more(home: Home, made: tuple[Home, Spec, Snapshot]) -> None:
+    spec, snapshot = made[1], made[2]
+    (half,) = (home.dvc / "buses").glob(f"{snapshot.digest}.dvc")
+    (half.with_suffix("") / "objects").mkdir(parents=True)
+    for sha in (p.stem for p in home.objects.glob("*.parquet")):
+        os.link(home.objects / f"{sha}.parquet", half.with_suffix("") / "objects" / f"{sha}.parquet")
+    half.unlink()  # the bytes are in the cache, and no one says which
+    half.with_suffix(".json").unlink()
+    erase(home, spec, entity(spec))
+    assert telling(home.root, STOP) == []
+
+
 @pytest.mark.parametrize(("key", "said"), [
     ("stpo=x", "no source of buses has a column 'stpo'; nearest: 'stop'; write COLUMN=VALUE"),
     ("trip=many", "invalid literal for int"), ("day=2024-05-06T12:00", "has no time zone"),
@@ -257,7 +334,6 @@ def test_an_entity_that_is_not_there_changes_nothing(home: Home, tmp_path: Path,
     done = millrace(home.root, "erase", str(path), "--key", "stop=nobody")
     assert done.code == 2 and done.error == "error: no row of buses has stop = nobody"
     assert not home.erased.exists()
-
 
 
 
@@ -279,6 +355,9 @@ def test_pushed_events_and_files_of_other_forms_tell_of_it_no_more(home: Home, m
     assert before.rows["stops"] - after.rows["stops"] == 2 and after.new_files == 0
     with pytest.raises(BadEvent, match="was erased"):
         Pusher(spec, home, folder).push([events[0]], NOON + 60_000_000)
+    new = {"stop": LIKE, "zone": "new", "since": NOON + 30_000_000}
+    assert pusher.push([Event("three", "stops", json.dumps(new), wall_us())], NOON + 60_000_000).taken == 1
+    assert {stop for name in ("trips", "stops") for stop in pusher.tables[name]["stop"].to_pylist()} == {"a", "b", "c", LIKE}
     trip = {**trip_at(NOW + EVERY), "day": NOON - DAY_US // 2}
     frame = serve_features(OnlineStore(spec, folder), [trip], NOON + 60_000_000).frame
     assert frame["place__zone"][0] is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from deploy.predictions import as_json
 from deploy.process import call, running
 from deploy.rollout import Release, feed_all, promote, served_stores, take_in
 from deploy.skew import check_skew
@@ -19,6 +20,7 @@ from features.cells import open_cells
 from flows.serving import admin_name
 from pipelines.clock import MISSING, Anchor
 from pipelines.home import Home
+from pipelines.predlog import read_log
 from tests.command import millrace
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 
@@ -134,3 +136,16 @@ def test_what_is_not_an_event_is_refused(live: Live) -> None:
     assert live.push(good)[1]["taken"] == 1
     status, answer = live.push({**good, "id": "other", "row": {**good["row"], "late": 99.0}})
     assert status == 422 and "a correction needs a later known-at" in answer["error"]
+
+
+def test_what_a_running_endpoint_has_not_written_yet_is_erased_too(live: Live, buses: Buses) -> None:
+    keys = {**trip_at(NOW + 12 * EVERY)}
+    asked = [argument for name, value in keys.items() for argument in ("--key", f"{name}={value}")]
+    answers = live.ask(11, 12, 13)
+    done = millrace(live.home.root, "erase", live.yaml, *asked, "--json")
+    assert done.code == 0, done.err
+    assert read_log(live.home.predictions("buses"))["key"].to_pylist() == [as_json(answers[i]["key"]) for i in (0, 2)]
+    assert live.ask(11)[0]["probability"] == answers[0]["probability"]
+    assert live.ask(12)[0]["unknown_entity"]
+    assert live.push(departure(5, 1))[1]["taken"] == 1
+    assert live.ask(12)[0]["unknown_entity"]
