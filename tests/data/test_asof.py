@@ -76,7 +76,8 @@ def repo(tmp_path: Path) -> Path:
 
 
 def view(name: str, path: str | Path, *, keys: dict[str, ValueType] | None = None, ttl: int = 0, created: str | None = "created",
-         event: str = "event", mapping: dict[str, str] | None = None, **fields: Any) -> FeatureView:  # fmt: skip
+         event: str = "event", mapping: dict[str, str] | None = None, endpoint: str | None = None,
+         **fields: Any) -> FeatureView:  # fmt: skip
     """A view of `path` (relative paths lie in the repository); features x and label unless told."""
     keys = {"k": ValueType.INT64} if keys is None else keys
     kinds = {ValueType.INT64: types.Int64, ValueType.STRING: types.String}
@@ -85,7 +86,7 @@ def view(name: str, path: str | Path, *, keys: dict[str, ValueType] | None = Non
     return FeatureView(
         name=name, entities=[Entity(name=k, join_keys=[k], value_type=v) for k, v in keys.items()], ttl=ttl * US, schema=schema,
         source=FileSource(name=f"{name}_source", path=str(path), timestamp_field=event, created_timestamp_column=created or "",
-                          field_mapping=mapping),
+                          field_mapping=mapping, s3_endpoint_override=endpoint),
     )  # fmt: skip
 
 
