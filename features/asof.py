@@ -4,15 +4,22 @@ A fact is known from the later of its event and created time on; `ttl` is inclus
 created, then to the later row (of files in the order of their names). Facts without an event or created time are never
 known, and a null key matches nothing. Rows keep their order and number. Views of ours say in their tags how they are
 stored: as steps, read by `steps.as_of`. Any other view of Parquet files, local or on S3, is read by `known`.
+
+Under a `memory_limit` facts are made ready in parts, and they and the result lie in files that are mapped into memory;
+entity rows are joined in batches that fit. What is held beside a batch is one part, or one column of a source.
 """
 
+import fcntl
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,19 +44,38 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel
 from feast.utils import _get_requested_feature_views_to_features_dict
 from pyarrow import fs
+from pydantic import ByteSize
 
 from features.facts import int_times
-from features.keys import codes_of, key_runs, text_keys
-from features.known import Codes, instants, newest_known, seen_at, sort_facts, times, unit_of
+from features.keys import codes_of, filled, key_runs, one_chunk, text_keys
+from features.known import Codes, NewestKnown, instants, newest_known, rows_seen, seen_at, sort_facts, times, unit_of
 from features.steps import KEY, TIME, previous
 from pipelines.clock import MISSING, NEVER, wall_us
 from pipelines.errors import MillraceError, nearest
 
 BATCH = 1_000_000  # entity rows that are joined at a time where the result is streamed
+ROW = 1024  # bytes that joining one entity row takes beside its features
+FACT = 160  # bytes that making one fact ready takes
 
 
 class AsofOfflineStoreConfig(FeastConfigBaseModel):
+    """`memory_limit` of a join, such as 512MiB; what lies in files lies in the folder for temporary files (TMPDIR)."""
+
     type: Literal["features.asof.AsofOfflineStore"] = "features.asof.AsofOfflineStore"
+    memory_limit: ByteSize | None = None
+
+
+def spilled(tables: Iterable[pa.Table]) -> pa.Table:
+    """The tables as one, mapped from a file that has lost its name: it goes with the table. All get the first's schema."""
+    tables = iter(tables)
+    first = next(tables)
+    with tempfile.NamedTemporaryFile(prefix="millrace-") as file:
+        with pa.OSFile(file.name, "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table.cast(first.schema))
+        with pa.memory_map(file.name) as mapped:
+            return pa.ipc.open_stream(mapped).read_all()
 
 
 @dataclass(frozen=True)
@@ -59,21 +85,49 @@ class Place:
     system: fs.FileSystem
     path: str
 
-    def dataset(self) -> ds.FileSystemDataset:
-        """The files as they are."""
-        return ds.dataset(self.path, filesystem=self.system, format="parquet")
+    def dataset(self, text: Sequence[str] = ()) -> ds.FileSystemDataset:
+        """The files as they are; the columns named are read as codes of a dictionary."""
+        options = ds.ParquetReadOptions(dictionary_columns=text)
+        return ds.dataset(self.path, filesystem=self.system, format=ds.ParquetFileFormat(read_options=options))
 
-    def parts(self, text: Sequence[str], columns: list[str]) -> list[tuple[int, pa.Table]]:
+    def parts(self) -> list[tuple[int, "Place"]]:
         """The files of a view of ours, each with the time from which on it is right."""
-        files = sorted(self.dataset().files)
-        tables = (pq.read_table(f, filesystem=self.system, columns=columns, read_dictionary=text) for f in files)
-        return [(int(Path(f).stem) or MISSING, table) for f, table in zip(files, tables, strict=True)]
+        return [(int(Path(file).stem) or MISSING, Place(self.system, file)) for file in sorted(self.dataset().files)]
+
+    @contextmanager
+    def unchanged(self, stored: ds.FileSystemDataset) -> Iterator[None]:
+        """Files that are read more than once. Raises MillraceError where they were written to meanwhile."""
+
+        def marks() -> list[tuple[int, int]]:
+            return [(info.size, info.mtime_ns) for info in self.system.get_file_info(stored.files)]
+
+        before = marks()
+        try:
+            yield
+        except OSError:
+            if marks() == before:
+                raise
+        if marks() != before:
+            raise MillraceError(f"{self.path} was written to while it was read: ask again")
 
     def exists(self) -> bool:
         return bool(self.system.get_file_info(self.path).type != fs.FileType.NotFound)
 
     def is_folder(self) -> bool:
         return bool(self.system.get_file_info(self.path).type == fs.FileType.Directory)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One writer at a time in the folder of this local file; what one left that was killed is removed."""
+        path = Path(self.path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # the folder: the file itself is replaced
+            for left in path.parent.glob(f".{path.name}.*.partial"):
+                left.unlink()
+            yield
+        finally:
+            os.close(folder)
 
     def write(self, tables: Iterable[pa.Table]) -> None:
         """Writes one file, whole or not at all; all tables get the schema of the first."""
@@ -94,13 +148,13 @@ class Place:
 
 
 class AsofRetrievalJob(RetrievalJob):
-    """A join that runs when its result is asked for: `rows(n)` gives the rows in tables of at most n, `join` widens one."""
+    """A join that runs when its result is asked for: `rows(n)` gives the rows in tables of at most n, a `Join` widens one."""
 
     def __init__(
-        self, rows: Callable[[int], Iterator[pa.Table]], join: Callable[[], Callable[[pa.Table], pa.Table]], config: RepoConfig,
+        self, rows: Callable[[int], Iterator[pa.Table]], join: Callable[[], "Join"], config: RepoConfig,
         *, full_feature_names: bool = False, on_demand: Sequence[OnDemandFeatureView] = (), features: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self._rows, self._join, self._config = rows, join, config
+        self._rows, self._join, self._config, self._limit = rows, join, config, _memory_limit(config)
         self._full, self._on_demand, self._features = full_feature_names, list(on_demand), list(features)
 
     @property
@@ -128,13 +182,21 @@ class AsofRetrievalJob(RetrievalJob):
         join = self._join()
         return pa.concat_tables([join(rows) for rows in self._rows(2**40)])
 
-    def to_arrow_batches(self, rows: int = BATCH) -> Iterator[pa.Table]:
-        """The result in tables of at most `rows` rows, on-demand features included, each made when it is asked for."""
-        join = self._join()
-        for part in self._rows(rows):
-            yield self._of(part, join).to_arrow()
+    def to_arrow(self, validation_reference: Any = None, timeout: int | None = None) -> pa.Table:
+        """The whole result, on-demand features included; under a memory limit mapped from a file."""
+        if self._limit is None or validation_reference is not None:
+            return super().to_arrow(validation_reference, timeout)
+        return spilled(self.to_arrow_batches())
 
-    def _of(self, rows: pa.Table, join: Callable[[pa.Table], pa.Table]) -> "AsofRetrievalJob":
+    def to_arrow_batches(self, rows: int | None = None) -> Iterator[pa.Table]:
+        """The result in tables of at most `rows` rows, each made when it is asked for; unless told, of as many as fit."""
+        join = self._join()
+        if rows is None:
+            rows = BATCH if self._limit is None else min(BATCH, max(self._limit // 4 // (ROW + join.row_bytes), 1))
+        for part in self._rows(rows):
+            yield super(AsofRetrievalJob, self._of(part, join)).to_arrow()
+
+    def _of(self, rows: pa.Table, join: "Join") -> "AsofRetrievalJob":
         """The same job for some of its rows."""
         return AsofRetrievalJob(lambda n: iter([rows]), lambda: join, self._config, full_feature_names=self._full,
                                 on_demand=self._on_demand, features=self._features)  # fmt: skip
@@ -173,12 +235,12 @@ class AsofOfflineStore(OfflineStore):
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
         wanted, _ = _get_requested_feature_views_to_features_dict(feature_refs, feature_views, on_demand)
 
-        def ready() -> Callable[[pa.Table], pa.Table]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+        def ready() -> Join:
+            with ThreadPoolExecutor(os.cpu_count() if _memory_limit(config) is None else 1) as pool:
                 views = list(pool.map(lambda item: _ready(config, item[0], item[1]), wanted.items()))
             prefixes = [f"{view.projection.name_to_use()}__" if full_feature_names else "" for view in wanted]
             names = [prefix + f for prefix, features in zip(prefixes, wanted.values(), strict=True) for f in features]
-            return lambda rows: _joined(rows, views, names)
+            return Join(views, names)
 
         return AsofRetrievalJob(lambda n: _entity_rows(config, entity_df, n), ready, config,
                                 full_feature_names=full_feature_names, on_demand=on_demand, features=feature_refs)  # fmt: skip
@@ -191,19 +253,18 @@ class AsofOfflineStore(OfflineStore):
         """The newest row of each key in [start_date, end_date], ties to the later created; none of a null key."""
         stamps = [timestamp_field, created_timestamp_column] if created_timestamp_column else [timestamp_field]
 
-        def latest(table: pa.Table) -> pa.Table:
+        def latest(table: pa.Table) -> np.ndarray:
             unit = unit_of([table[c] for c in stamps])
-            code = Codes([table[c] for c in join_key_columns], table.num_rows).stored
+            _, code = Codes.made([table[c] for c in join_key_columns], table.num_rows)
             there = np.flatnonzero(code >= 0)
             order, code, _ = sort_facts(code[there], *(times(table[c], unit)[there] for c in stamps))
-            last = np.append(code[1:] != code[:-1], True)[: len(order)]
-            found = table.take(pa.array(there[order[last]]))
-            if join_key_columns:
-                return found
-            return found.append_column(DUMMY_ENTITY_ID, pa.repeat(pa.scalar(DUMMY_ENTITY_VAL), found.num_rows))
+            newest = np.zeros(table.num_rows, bool)
+            newest[there[order[np.append(code[1:] != code[:-1], True)[: len(order)]]]] = True
+            return newest
 
-        columns = [*join_key_columns, *feature_name_columns, *stamps]
-        return _pulled(config, data_source, columns, timestamp_field, start_date, end_date, latest)
+        columns, keyed = [*join_key_columns, *feature_name_columns, *stamps], [*join_key_columns, *stamps]
+        pulled = _pulled(config, data_source, columns, timestamp_field, start_date, end_date, keyed, latest)
+        return _as_job(config, pulled if join_key_columns else lambda most: map(_with_dummy, pulled(most)))
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -214,7 +275,7 @@ class AsofOfflineStore(OfflineStore):
         """Every row with its event in [start_date, end_date]."""
         columns = [*join_key_columns, *feature_name_columns, timestamp_field]
         columns += [created_timestamp_column] if created_timestamp_column else []
-        return _pulled(config, data_source, columns, timestamp_field, start_date, end_date, lambda table: table)
+        return _as_job(config, _pulled(config, data_source, columns, timestamp_field, start_date, end_date))
 
     @staticmethod
     def offline_write_batch(
@@ -222,24 +283,32 @@ class AsofOfflineStore(OfflineStore):
     ) -> None:
         """Appends rows to the source of a view: a file is replaced at once by a longer one, a folder gets one more file.
 
-        Raises MillraceError for other columns than those of the source, and for a view whose steps are computed.
+        Raises MillraceError for other columns than those of the source, for a view whose steps are computed, and for one
+        object on S3, where no two writers could be kept apart.
         """
         source = feature_view.batch_source
         if "millrace.kind" in feature_view.tags:
             raise MillraceError(f"view {feature_view.name!r} is computed from landed facts: land new files instead")
         assert source is not None
         place = _place(config, source)
-        stored = place.dataset()
         back = {new: old for old, new in (source.field_mapping or {}).items()}
         table = table.rename_columns([back.get(c, c) for c in table.column_names])
-        if sorted(table.column_names) != sorted(stored.schema.names):
-            raise MillraceError(f"columns {table.column_names} do not fit {place.path}: give exactly {stored.schema.names}")
-        table = table.select(stored.schema.names).cast(stored.schema)
+
+        def fitting(stored: ds.Dataset) -> pa.Table:
+            if sorted(table.column_names) != sorted(stored.schema.names):
+                raise MillraceError(f"columns {table.column_names} do not fit {place.path}: give exactly {stored.schema.names}")
+            return table.select(stored.schema.names).cast(stored.schema)
+
         if place.is_folder():
-            Place(place.system, f"{place.path}/appended-{wall_us()}-{uuid.uuid4().hex[:8]}.parquet").write([table])
+            name = f"appended-{wall_us()}-{uuid.uuid4().hex[:8]}.parquet"
+            Place(place.system, f"{place.path}/{name}").write([fitting(place.dataset())])
+        elif not isinstance(place.system, fs.LocalFileSystem):
+            raise MillraceError(f"{place.path} is one object, which two could append to at once: make it a folder of files")
         else:
-            before = (pa.Table.from_batches([batch]) for batch in stored.to_batches())
-            place.write(part for parts in ([stored.schema.empty_table()], before, [table]) for part in parts)
+            with place.alone():
+                stored = place.dataset()
+                before = (pa.Table.from_batches([batch]) for batch in stored.to_batches())
+                place.write(chain([stored.schema.empty_table()], before, [fitting(stored)]))
         if progress:
             progress(table.num_rows)
 
@@ -263,40 +332,70 @@ def _place(config: RepoConfig, source: DataSource) -> Place:
     return Place(fs.LocalFileSystem(), str(Path(config.repo_path or ".").absolute() / uri))
 
 
+def _memory_limit(config: RepoConfig) -> int | None:
+    limit: int | None = config.offline_store.memory_limit
+    return limit
+
+
 def _pulled(
     config: RepoConfig, source: DataSource, columns: Sequence[str], field: str, start: datetime | None, end: datetime | None,
-    change: Callable[[pa.Table], pa.Table],
-) -> RetrievalJob:  # fmt: skip
-    """The columns of the rows whose `field` is in [start, end], then changed."""
+    keyed: Sequence[str] = (), choose: Callable[[pa.Table], np.ndarray] | None = None,
+) -> Callable[[int], Iterator[pa.Table]]:  # fmt: skip
+    """The columns of the rows whose `field` is in [start, end]; those alone that `choose` (bool, N) takes by `keyed` columns."""
 
-    def run(_: int) -> Iterator[pa.Table]:
-        stored = _place(config, source).dataset()
+    def run(most: int) -> Iterator[pa.Table]:
+        place = _place(config, source)
+        stored = place.dataset()
         zone = getattr(stored.schema.field(field).type, "tz", None)
         keep = pc.is_valid(pc.field(field))
         for bound, compare in ((start, pc.greater_equal), (end, pc.less_equal)):
             if bound is not None:
                 moment = (bound if bound.tzinfo else bound.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
                 keep &= compare(pc.field(field), pa.scalar(moment // timedelta(microseconds=1), pa.timestamp("us", zone)))
-        yield change(stored.to_table(columns=list(dict.fromkeys(columns)), filter=keep))
+        found = stored.scanner(columns=list(dict.fromkeys(columns)), filter=keep, batch_size=min(most, 2**17))
+        parts = chain([found.projected_schema.empty_table()], (pa.Table.from_batches([b]) for b in found.to_batches()))
+        if choose is None:
+            yield from parts
+        elif _memory_limit(config) is None:
+            table = found.to_table()
+            yield table.filter(pa.array(choose(table)))
+        else:
+            with place.unchanged(stored):
+                chosen = pa.array(choose(stored.to_table(columns=[*keyed], filter=keep)))
+                for part in parts:
+                    yield part.filter(chosen[: part.num_rows])
+                    chosen = chosen[part.num_rows :]
 
-    return AsofRetrievalJob(run, lambda: lambda table: table, config)
+    return run
+
+
+def _as_job(config: RepoConfig, rows: Callable[[int], Iterator[pa.Table]]) -> AsofRetrievalJob:
+    return AsofRetrievalJob(rows, lambda: Join((), ()), config)
+
+
+def _with_dummy(table: pa.Table) -> pa.Table:
+    return table.append_column(DUMMY_ENTITY_ID, pa.repeat(pa.scalar(DUMMY_ENTITY_VAL), table.num_rows))
 
 
 def _entity_rows(config: RepoConfig, entity_df: pd.DataFrame | str, rows: int) -> Iterator[pa.Table]:
     """The entity rows in tables of at most `rows`, at least one."""
     if isinstance(entity_df, pd.DataFrame):
-        table = pa.Table.from_pandas(entity_df, preserve_index=False)
-        yield from (table.slice(i, rows) for i in range(0, max(table.num_rows, 1), rows))
+        schema = pa.Schema.from_pandas(entity_df, preserve_index=False)
+        for i in range(0, max(len(entity_df), 1), rows):
+            yield pa.Table.from_pandas(entity_df.iloc[i : i + rows], schema, preserve_index=False)
         return
-    with duckdb.connect(config={"file_search_path": str(Path(config.repo_path or ".").absolute())}) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        reader = connection.sql(entity_df).to_arrow_reader(min(rows, 2**20))
-        empty = True
-        for batch in reader:
-            empty = False
-            yield pa.Table.from_batches([batch])
-        if empty:
-            yield reader.schema.empty_table()
+    limit = _memory_limit(config)
+    with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
+        settings: dict[str, Any] = {"file_search_path": str(Path(config.repo_path or ".").absolute()), "temp_directory": folder}
+        with duckdb.connect(config=settings | ({"memory_limit": f"{limit // 4}B"} if limit else {})) as connection:
+            connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+            reader = connection.sql(entity_df).to_arrow_reader(min(rows, 2**20))
+            empty = True
+            for batch in reader:
+                empty = False
+                yield pa.Table.from_batches([batch])
+            if empty:
+                yield reader.schema.empty_table()
 
 
 def _time_column(rows: pa.Table) -> str:
@@ -320,20 +419,95 @@ class Ready:
     find: Callable[[pa.Table], np.ndarray]
 
 
-def _joined(rows: pa.Table, views: Sequence[Ready], names: Sequence[str]) -> pa.Table:
-    """The rows with one column more per feature."""
-    if twice := sorted(set(names) & set(rows.column_names)):
-        raise MillraceError(f"the entity rows have columns named as features, {twice}: rename them, or ask for full names")
+@dataclass(frozen=True)
+class Join:
+    """Views made ready, and the names of their features one after the other."""
 
-    def features(view: Ready) -> list[pa.ChunkedArray]:
-        found = view.find(rows)
-        none = found < 0
-        at = pa.array(np.maximum(found, 0), mask=none) if none.any() else pa.array(found)
-        return [c.take(at) if len(c) else pa.chunked_array([pa.nulls(rows.num_rows, c.type)]) for c in view.columns]
+    views: Sequence[Ready]
+    names: Sequence[str]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [column for columns in pool.map(features, views) for column in columns]
-    return pa.table([*rows.columns, *found], names=[*rows.column_names, *names])
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the features of a row take, about."""
+        return sum(c.nbytes // max(len(c), 1) + 1 for view in self.views for c in view.columns)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The rows with one column more per feature."""
+        if twice := sorted(set(self.names) & set(rows.column_names)):
+            raise MillraceError(f"the entity rows have columns named as features, {twice}: rename them, or ask for full names")
+
+        def features(view: Ready) -> list[pa.ChunkedArray]:
+            found = view.find(rows)
+            none = found < 0
+            at = pa.array(np.maximum(found, 0), mask=none) if none.any() else pa.array(found)
+            return [c.take(at) if len(c) else pa.chunked_array([pa.nulls(rows.num_rows, c.type)]) for c in view.columns]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = [column for columns in pool.map(features, self.views) for column in columns]
+        return pa.table([*rows.columns, *found], names=[*rows.column_names, *self.names])
+
+
+def _read(
+    config: RepoConfig, place: Place, held: Sequence[str], columns: Sequence[str], text: Sequence[str] = ()
+) -> tuple[pa.Table, pa.Table]:
+    """Two tables of a source: columns that are held (`text` as codes of a dictionary), and those that may lie in files."""
+    stored = place.dataset(text)
+    if _memory_limit(config) is None:
+        table = stored.to_table(columns=list(dict.fromkeys([*held, *columns])))
+        return table, table
+    with place.unchanged(stored):
+        return stored.to_table(columns=list(dict.fromkeys(held))), _columns(stored, columns)
+
+
+def _facts(
+    config: RepoConfig, place: Place, key: Sequence[str], stamps: Sequence[str], columns: Sequence[str], ttl: timedelta | None
+) -> tuple[pa.Table, list[NewestKnown]]:
+    """Columns of a source, and its facts made ready: at once, or under a memory limit in parts."""
+    stored, limit = place.dataset(), _memory_limit(config)
+    read = list(dict.fromkeys([*key, *stamps]))
+
+    def ready(table: pa.Table, first: int = 0, unit: str = "") -> NewestKnown:
+        event, created = table[stamps[0]], table[stamps[1]] if len(stamps) > 1 else None
+        return newest_known([table[c] for c in key], event, created, ttl, first=first, unit=unit)
+
+    if limit is None:
+        table = stored.to_table(columns=list(dict.fromkeys([*read, *columns])))
+        return table, [ready(table)]
+    unit = "ns" if any(getattr(stored.schema.field(c).type, "unit", "") == "ns" for c in stamps) else "us"
+    parts, first = [], 0
+    with place.unchanged(stored):
+        for table in _in_parts(stored, read, max(limit // 4 // FACT, 1)):
+            parts.append(_away(ready(table, first, unit)))
+            first += table.num_rows
+        return _columns(stored, columns), parts
+
+
+def _in_parts(stored: ds.Dataset, columns: Sequence[str], rows: int) -> Iterator[pa.Table]:
+    """Columns of a source in tables of `rows` rows or a few more, at least one."""
+    found = stored.scanner(columns=columns, batch_size=min(rows, 2**17), batch_readahead=1, fragment_readahead=1)
+    held: list[pa.RecordBatch] = []
+    for batch in found.to_batches():
+        held.append(batch)
+        if sum(b.num_rows for b in held) >= rows:
+            yield pa.Table.from_batches(held)
+            held = []
+    yield pa.Table.from_batches(held, found.projected_schema)
+
+
+def _columns(stored: ds.Dataset, names: Sequence[str]) -> pa.Table:
+    """Columns of a source in files."""
+    return pa.table({c: spilled(iter([stored.to_table(columns=[c]).combine_chunks()]))[c] for c in dict.fromkeys(names)})
+
+
+def _away(facts: NewestKnown) -> NewestKnown:
+    """The same facts in files."""
+
+    def away(array: pa.Array) -> pa.Array:
+        return one_chunk(spilled(iter([pa.table({"": array})]))[""])
+
+    codes = Codes([away(a) for a in facts.codes.levels], [away(a) for a in facts.codes.pairs], facts.codes.count)
+    numbers = ("start", "known", "event", "created", "row")
+    return replace(facts, codes=codes, **{f: away(pa.array(getattr(facts, f))).to_numpy() for f in numbers})
 
 
 def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Ready:
@@ -357,42 +531,41 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
 
     if kind is None:
         stamps = [stored[source.timestamp_field], created] if created else [stored[source.timestamp_field]]
-        table = place.dataset().to_table(columns=list(dict.fromkeys([*(stored[c] for c in key), *stamps, *columns])))
-        event, *rest = (table[c] for c in stamps)
-        facts = newest_known([table[stored[c]] for c in key], event, rest[0] if rest else None, view.ttl)
-        return Ready([table[c] for c in columns], lambda rows: facts.find(keys_of(rows), rows[_time_column(rows)]))
-    held = (KEY, TIME, "_order", "_live_to", *columns) if kind == "sequence" else (KEY, TIME, *columns)
-    parts = place.parts([KEY], list(dict.fromkeys(held)))
-    begins, finds = [begin for begin, _ in parts], [_of_part(view, table) for _, table in parts]
-    offsets = np.cumsum([0, *(table.num_rows for _, table in parts)])
+        table, parts = _facts(config, place, [stored[c] for c in key], stamps, columns, view.ttl)
+        return Ready([table[c] for c in columns], lambda rows: rows_seen(parts, keys_of(rows), rows[_time_column(rows)]))
+    held = (KEY, TIME, "_order", "_live_to") if kind == "sequence" else (KEY, TIME)
+    begins, places = zip(*place.parts(), strict=True)
+    read = [_read(config, part, held, columns, [KEY]) for part in places]
+    finds, first = [_of_part(view, table) for table, _ in read], np.cumsum([0, *(table.num_rows for table, _ in read)])
 
     def find(rows: pa.Table) -> np.ndarray:
         """Each row in the part that is right for its time."""
-        names, (t, _) = text_keys(keys_of(rows), rows.num_rows), instants(rows[_time_column(rows)], "us")
+        names, (t, _) = text_keys(keys_of(rows), rows.num_rows).dictionary_encode(), instants(rows[_time_column(rows)], "us")
+        code = filled(names.indices, len(names.dictionary))
         own = int_times(rows[view.tags["millrace.order"]]) if kind == "sequence" else t
-        found, which = np.full(rows.num_rows, -1), np.searchsorted(begins, t, side="right") - 1
-        for i, of_part in enumerate(finds):
-            asked = np.flatnonzero(which == i)
-            if len(asked):
-                at = of_part(names.take(pa.array(asked)), t[asked], own[asked])
-                found[asked] = np.where(at >= 0, at + offsets[i], -1)
+        found, part = np.full(rows.num_rows, -1), np.searchsorted(begins, t, side="right") - 1
+        for i in np.unique(part[part >= 0]):
+            here = np.flatnonzero(part == i)
+            at = finds[i](names.dictionary, code[here], t[here], own[here])
+            found[here] = np.where(at >= 0, at + first[i], -1)
         return found
 
-    whole = pa.concat_tables([table for _, table in parts])
+    whole = pa.concat_tables([values for _, values in read])
     return Ready([whole[c] for c in columns], find)
 
 
-def _of_part(view: FeatureView, table: pa.Table) -> Callable[[pa.Array, np.ndarray, np.ndarray], np.ndarray]:
-    """From Q keys, times and own orders of rows to the row of a part of a view of ours that each sees, −1 where none."""
+def _of_part(view: FeatureView, table: pa.Table) -> Callable[..., np.ndarray]:
+    """From names, and Q rows' codes of them, times and own orders, to the row of a part of a view of ours, −1 where none."""
     keys, start = key_runs(table[KEY])
     begin = int_times(table[TIME])
     if view.tags["millrace.kind"] != "sequence":
-        return lambda names, t, own: seen_at(start, begin, codes_of(names, keys), t)
+        return lambda names, code, t, own: seen_at(start, begin, np.append(codes_of(names, keys), -1)[code], t)
     order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
     within, recent = int(view.tags["millrace.within"]), int(view.tags.get("millrace.recent", NEVER))
 
-    def find(names: pa.Array, t: np.ndarray, own: np.ndarray) -> np.ndarray:
-        found = previous(start, order, begin, live_to, codes_of(names, keys), t, own, within)
+    def find(names: pa.Array, code: np.ndarray, t: np.ndarray, own: np.ndarray) -> np.ndarray:
+        codes = np.append(codes_of(names, keys), -1)[code]
+        found = previous(start, order, begin, live_to, codes, t, own, within)
         return np.where(t - own <= recent, found, -1)  # what came before an older row is not kept
 
     return find

@@ -39,8 +39,10 @@ def text_key(values: Sequence[object]) -> str | None:
 
 
 def one_chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """The column as one array."""
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    """The column as one array; not copied where it is one."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def filled(array: pa.Array, missing: object) -> np.ndarray:

@@ -1,13 +1,14 @@
 """The newest of the facts that are known: which row of any table of facts a key sees at a time.
 
 Of the facts of a key, in the order in which they become known, only those can be seen that are at least as new as all
-before. These are steps, read by `steps.as_of`.
+before. These are steps, read by `steps.as_of`. Facts may be made ready in several parts, one after the other: of what the
+parts show, the newest is seen.
 
 Shapes: N facts, Q rows asked for, K keys. Times are int64 µs, or ns where the facts have finer ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -21,44 +22,63 @@ from pipelines.clock import MISSING
 
 @dataclass(frozen=True)
 class NewestKnown:
-    """Facts by key code and known-at: key i has start[i]:start[i + 1] of `known`, `event` and `row`."""
+    """Facts by key code and known-at: key i has start[i]:start[i + 1] of `known`, `event`, `created` and `row`."""
 
     codes: "Codes"
     start: np.ndarray
     known: np.ndarray
     event: np.ndarray
+    created: np.ndarray
     row: np.ndarray
     unit: str
     ttl: timedelta | None
 
-    def find(self, keys: Sequence[pa.ChunkedArray], at: pa.ChunkedArray) -> np.ndarray:
-        """For each of Q keys and times the row of the table that it sees, −1 where none (int64)."""
+    def seen(self, keys: Sequence[pa.ChunkedArray], at: pa.ChunkedArray) -> np.ndarray:
+        """For each of Q keys and times the fact that it sees, as a position here, −1 where none (int64)."""
         t, late = instants(at, self.unit)
         found = seen_at(self.start, self.known, self.codes.of(keys, len(t)), t)
-        if not len(self.row):
+        if not self.ttl or not len(self.row):
             return found
-        alive, there = found >= 0, np.maximum(found, 0)
-        if self.ttl:
-            limit = self.ttl // timedelta(microseconds=1) * (1000 if self.unit == "ns" else 1)
-            alive &= self.event[there] >= t + late - limit
-        return np.where(alive, self.row[there], -1)
+        limit = self.ttl // timedelta(microseconds=1) * (1000 if self.unit == "ns" else 1)
+        alive = (found >= 0) & (self.event[np.maximum(found, 0)] >= t + late - limit)
+        return np.where(alive, found, -1)
 
 
 def newest_known(
-    keys: Sequence[pa.ChunkedArray], event: pa.ChunkedArray, created: pa.ChunkedArray | None, ttl: timedelta | None
-) -> NewestKnown:
-    """Facts with keys, event and created times, made ready: known at the later of both, for ever where `ttl` is none or 0."""
+    keys: Sequence[pa.ChunkedArray], event: pa.ChunkedArray, created: pa.ChunkedArray | None, ttl: timedelta | None, *,
+    first: int = 0, unit: str = "",
+) -> NewestKnown:  # fmt: skip
+    """Facts with keys, event and created times, made ready: known at the later of both, for ever where `ttl` is none or 0.
+
+    `first`: the number of their first row; `unit`: of their times, found out unless told.
+    """
     stamps = [event] if created is None else [event, created]
-    unit = unit_of(stamps)
-    codes = Codes(keys, len(event))
+    unit = unit or unit_of(stamps)
+    codes, code = Codes.made(keys, len(event))
     happened, *rest = (times(column, unit) for column in stamps)
     written = rest[0] if rest else happened
-    row = np.flatnonzero((codes.stored >= 0) & (happened != MISSING) & (written != MISSING))
-    order, code, known = sort_facts(codes.stored[row], np.maximum(happened, written)[row], happened[row], written[row])
+    row = np.flatnonzero((code >= 0) & (happened != MISSING) & (written != MISSING))
+    order, code, known = sort_facts(code[row], np.maximum(happened, written)[row], happened[row], written[row])
     row = row[order]
     happened = happened[row]
     newest = is_newest(starts(code, codes.count), happened)
-    return NewestKnown(codes, starts(code[newest], codes.count), known[newest], happened[newest], row[newest], unit, ttl)
+    row = row[newest]
+    return NewestKnown(codes, starts(code[newest], codes.count), known[newest], happened[newest], written[row], row + first, unit,
+                       ttl)  # fmt: skip
+
+
+def rows_seen(parts: Sequence[NewestKnown], keys: Sequence[pa.ChunkedArray], at: pa.ChunkedArray) -> np.ndarray:
+    """For each of Q keys and times the row that it sees among the facts of all parts, −1 where none (int64)."""
+    row, event, created = (np.full(len(at), -1), np.full(len(at), MISSING), np.full(len(at), MISSING))
+    for part in parts:
+        found = part.seen(keys, at)
+        some = np.flatnonzero(found >= 0)
+        found = found[some]
+        happened, written = part.event[found], part.created[found]
+        newer = (happened > event[some]) | ((happened == event[some]) & (written >= created[some]))
+        some, found = some[newer], found[newer]
+        row[some], event[some], created[some] = part.row[found], happened[newer], written[newer]
+    return row
 
 
 def unit_of(columns: Sequence[pa.ChunkedArray]) -> str:
@@ -108,23 +128,29 @@ def seen_at(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndar
     return found
 
 
+@dataclass
 class Codes:
     """Keys as small integers: equal exactly where all columns are equal, −1 where one is null or not stored."""
 
-    def __init__(self, columns: Sequence[pa.ChunkedArray], length: int) -> None:
-        self.levels: list[pa.Array] = []
-        self.pairs: list[pa.Array] = []  # of a code so far and a level of the next column, as one integer
-        self.stored, self.count = np.zeros(length, np.int64), 1
+    levels: list[pa.Array] = field(default_factory=list)
+    pairs: list[pa.Array] = field(default_factory=list)  # of a code so far and a level of the next column, as one integer
+    count: int = 1
+
+    @classmethod
+    def made(cls, columns: Sequence[pa.ChunkedArray], length: int) -> tuple["Codes", np.ndarray]:
+        """The codes of keys that are stored, and those keys as codes (int64, length)."""
+        found, code = cls(), np.zeros(length, np.int64)
         for i, column in enumerate(columns):
             encoded = column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column.dictionary_encode()
             part = one_chunk(encoded)
-            self.levels.append(part.dictionary)
-            self.stored = self._both(self.stored, filled(part.indices, -1).astype(np.int64), len(part.dictionary))
+            found.levels.append(part.dictionary)
+            code = cls._both(code, filled(part.indices, -1).astype(np.int64), len(part.dictionary))
             if i:
-                pair = pa.array(self.stored, mask=self.stored < 0).dictionary_encode()
-                self.pairs.append(pair.dictionary)
-                self.stored = filled(pair.indices, -1).astype(np.int64)
-            self.count = len(self.pairs[-1] if i else part.dictionary)
+                pair = pa.array(code, mask=code < 0).dictionary_encode()
+                found.pairs.append(pair.dictionary)
+                code = filled(pair.indices, -1).astype(np.int64)
+            found.count = len(found.pairs[-1] if i else part.dictionary)
+        return found, code
 
     def of(self, columns: Sequence[pa.ChunkedArray], length: int) -> np.ndarray:
         """Codes of keys that are asked for (int64, length)."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
 from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses, make_buses
-from tests.servers import NAMES, REMOTE, NotInstalled, Server, postgres_server, redis_server
+from tests.servers import NAMES, REMOTE, NotInstalled, Server, postgres_server, redis_server, s3_server
 
 _made: list[str] = []
 
@@ -91,6 +92,17 @@ def redis() -> Iterator[Server]:
 def postgres() -> Iterator[Server]:
     with postgres_server() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3 and has the bucket `bucket`; the environment leads there, without an account."""
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        for name, value in {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(f"AWS_{name}", value)
+        fs.S3FileSystem(endpoint_override=server.url, allow_bucket_creation=True).create_dir("bucket")
+        yield server.url
 
 
 @pytest.fixture(params=["sqlite", *REMOTE])

@@ -1,9 +1,10 @@
-"""Redis and Postgres servers of Debian, started for a test on a port of their own."""
+"""Servers for a test, each on a port of its own: Redis and Postgres of Debian, and Moto, which speaks S3."""
 
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -89,4 +90,16 @@ def postgres_server() -> Iterator[Server]:
     command = [str(POSTGRES / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1"]
     url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
     with _running(Server(command, port, url, user), folder) as server:
+        yield server
+
+
+@contextmanager
+def s3_server() -> Iterator[Server]:
+    """An empty store of objects, kept in memory; any credentials will do. Raises NotInstalled."""
+    program = Path(sys.executable).with_name("moto_server")
+    if not program.exists():
+        raise NotInstalled("moto is not installed (the extra `dev`)")
+    port, folder = free_port(), tempfile.mkdtemp(prefix="millrace-s3-")
+    command = [str(program), "-H", "127.0.0.1", "-p", str(port)]
+    with _running(Server(command, port, f"http://127.0.0.1:{port}"), Path(folder)) as server:
         yield server

@@ -4,7 +4,11 @@ The text: of the facts known at t (event and created time both ≤ t) with the r
 to the later created, then to the later row; none older than t − ttl; null equals nothing. Times are int µs (or ns).
 """
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -19,6 +23,7 @@ import pytest
 
 from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType, types
 from pipelines.errors import MillraceError
+from pipelines.manifest import ROOT
 
 from features import asof, known  # isort: skip — after quick_feast
 from feast.errors import SavedDatasetLocationAlreadyExists  # isort: skip
@@ -71,7 +76,8 @@ def repo(tmp_path: Path) -> Path:
 
 
 def view(name: str, path: str | Path, *, keys: dict[str, ValueType] | None = None, ttl: int = 0, created: str | None = "created",
-         event: str = "event", mapping: dict[str, str] | None = None, **fields: Any) -> FeatureView:  # fmt: skip
+         event: str = "event", mapping: dict[str, str] | None = None, endpoint: str | None = None,
+         **fields: Any) -> FeatureView:  # fmt: skip
     """A view of `path` (relative paths lie in the repository); features x and label unless told."""
     keys = {"k": ValueType.INT64} if keys is None else keys
     kinds = {ValueType.INT64: types.Int64, ValueType.STRING: types.String}
@@ -80,7 +86,7 @@ def view(name: str, path: str | Path, *, keys: dict[str, ValueType] | None = Non
     return FeatureView(
         name=name, entities=[Entity(name=k, join_keys=[k], value_type=v) for k, v in keys.items()], ttl=ttl * US, schema=schema,
         source=FileSource(name=f"{name}_source", path=str(path), timestamp_field=event, created_timestamp_column=created or "",
-                          field_mapping=mapping),
+                          field_mapping=mapping, s3_endpoint_override=endpoint),
     )  # fmt: skip
 
 
@@ -158,6 +164,49 @@ def wrong_cells(seed: int, repo: Path) -> list[str]:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_facts_as_known(seed: int, repo: Path) -> None:
     assert wrong_cells(seed, repo) == []
+
+
+@pytest.fixture
+def small_repo(repo: Path) -> Path:
+    """A repository whose store may hold a few facts and one row at a time."""
+    yaml = repo / "feature_store.yaml"
+    yaml.write_text(yaml.read_text().replace("AsofOfflineStore}", "AsofOfflineStore, memory_limit: 3KiB}"))
+    return repo
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_random_facts_in_parts_and_in_files(seed: int, small_repo: Path) -> None:
+    assert wrong_cells(seed, small_repo) == []
+
+
+def test_the_order_of_parts_counts(small_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = known.rows_seen
+    monkeypatch.setattr(asof, "rows_seen", lambda parts, keys, at: honest(parts[::-1], keys, at))
+    assert any(wrong_cells(seed, small_repo) for seed in range(30))
+
+
+@pytest.mark.parametrize("how", ["batches", "table"])
+def test_a_result_larger_than_the_limit_goes_through_files(how: str, tmp_path: Path) -> None:
+    """3,000,000 rows × 24 features, every row twice: 650 MB under a limit of 192 MiB, the rows in their order."""
+    command = [sys.executable, "-m", "tests.data.big_join", str(tmp_path), "192MiB", how]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rows"] == 3_000_000 and found["in_place"] and found["same"]
+    assert found["peak_mb"] < 192 * 1.048576 < found["result_mb"] / 3
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(small_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(small_repo / "f.parquet", [simple(1, 10, 10, 1.0)], kinds=K_X)
+    store, honest = applied(small_repo, view("v", "f.parquet")), asof._columns
+
+    def meanwhile(*told: Any) -> pa.Table:
+        write(small_repo / "new.parquet", [simple(2, 10, 10, 2.0), simple(1, 10, 10, 1.0)], kinds=K_X).replace(path)
+        return honest(*told)
+
+    monkeypatch.setattr(asof, "_columns", meanwhile)
+    with pytest.raises(MillraceError, match="written to while it was read"):
+        seen(store, [(1, 10)])
 
 
 MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -373,6 +422,21 @@ def pulled(store: FeatureStore, start: int | None, end: int | None) -> list[floa
     return table["x"].to_pylist()
 
 
+@pytest.mark.parametrize("limit", ["", "3KiB"])
+def test_rows_that_are_pulled_come_in_batches(repo: Path, limit: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("small_repo" if limit else "repo")
+    write(repo / "f.parquet", [simple(k, t, t, float(t)) for t in range(10) for k in (1, 2)], kinds=K_X)
+    store = applied(repo, view("v", "f.parquet"))
+    told = {"config": store.config, "data_source": store.get_feature_view("v").batch_source, "join_key_columns": ["k"],
+            "feature_name_columns": ["x"], "timestamp_field": "event", "created_timestamp_column": "created",
+            "start_date": at(0), "end_date": at(9)}  # fmt: skip
+    offline = store._get_provider().offline_store
+    everything, latest = offline.pull_all_from_table_or_query(**told), offline.pull_latest_from_table_or_query(**told)
+    assert max(t.num_rows for t in everything.to_arrow_batches(3)) == 3
+    assert pa.concat_tables(everything.to_arrow_batches(3)).equals(everything.to_arrow())
+    assert pa.concat_tables(latest.to_arrow_batches(3))["x"].to_pylist() == [9.0, 9.0]
+
+
 @pytest.mark.parametrize("unit", ["us", "ns"])
 def test_everything_between_two_instants(repo: Path, unit: str) -> None:
     facts = [simple(1, t, t, float(t)) for t in range(20)] + [simple(1, None, 3, 99.0)]
@@ -408,6 +472,76 @@ def test_a_failed_append_leaves_the_file_as_it_was(one: FeatureStore, repo: Path
         store.offline_write_batch(one.config, one.get_feature_view("v"), table.set_column(0, "k", pa.array(["a"] * 4)), None)
     assert pq.read_table(repo / "facts.parquet").equals(table)
     assert {p.name for p in repo.glob("*.par*")} == {"facts.parquet"}
+
+
+WRITER = """
+import sys
+import pyarrow as pa
+from features.quick_feast import FeatureStore
+store, first = FeatureStore(repo_path=sys.argv[1]), int(sys.argv[2])
+view = store.get_feature_view("v")
+at = pa.array([first], pa.timestamp("us", "UTC"))
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(first, first + int(sys.argv[3])):
+    row = pa.table({"k": pa.array([i]), "x": pa.array([float(i)]), "event": at, "created": at})
+    store._get_provider().offline_store.offline_write_batch(store.config, view, row, None)
+    print(i, flush=True)
+"""
+
+
+def writers(repo: Path, *told: tuple[int, int]) -> list[subprocess.Popen[str]]:
+    """Processes that append rows one by one, (first, how many) each; they begin together."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([sys.executable, "-c", WRITER, str(repo), *map(str, some)], env=env, text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE) for some in told]  # fmt: skip
+    for one in started:
+        assert one.stdout is not None and one.stdout.readline() == "ready\n"
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    return started
+
+
+@pytest.mark.parametrize("place", ["facts.parquet", "facts"])
+def test_of_two_writers_no_row_is_lost_also_when_one_is_killed(repo: Path, place: str) -> None:
+    """The file holds 300,000 rows, so that a writer is killed while it writes them; every state of it can be read."""
+    facts = pa.table({"k": np.arange(300_000), "x": np.random.default_rng(1).random(300_000),
+                      "event": pa.repeat(pa.scalar(START, pa.timestamp("us", "UTC")), 300_000)})  # fmt: skip
+    facts = facts.append_column("created", facts["event"])
+    (repo / "facts").mkdir()
+    path = repo / (place if place.endswith(".parquet") else f"{place}/0.parquet")
+    pq.write_table(facts, path)
+    applied(repo, view("v", place))
+    steady, killed = writers(repo, (10**6, 15), (2 * 10**6, 10**6))
+    assert killed.stdout is not None
+    said = []
+    while steady.poll() is None:
+        found = pq.read_table(repo / place, columns=["k"])
+        assert found.num_rows >= 300_000
+        if killed.poll() is None and len(said) >= 5:
+            killed.kill()
+        elif len(said) < 5:
+            said.append(killed.stdout.readline())
+    written = [10**6 + i for i in range(15)] + [int(i) for i in (*said, *killed.stdout.read().split())]
+    keys = pq.read_table(repo / place, columns=["k"])["k"].to_pylist()
+    assert keys[:300_000] == list(range(300_000)) or place == "facts"
+    assert sorted(keys)[300_000:] in (sorted(written), sorted([*written, max(written) + 1]))  # the last may not have been said
+    steady, = writers(repo, (3 * 10**6, 1))
+    assert steady.wait() == 0
+    assert [p.name for p in path.parent.iterdir() if p.name.endswith(".partial")] == [] or place == "facts"
+
+
+def test_a_writer_waits_for_another(one: FeatureStore, repo: Path) -> None:
+    place = asof.Place(asof.fs.LocalFileSystem(), str(repo / "facts.parquet"))
+    with place.alone():
+        waiting, = writers(repo, (10**6, 1))
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=0.5)
+        assert pq.read_metadata(repo / "facts.parquet").num_rows == 4
+    assert waiting.wait(timeout=60) == 0
+    assert pq.read_metadata(repo / "facts.parquet").num_rows == 5
 
 
 @pytest.mark.parametrize("name", ["saved.parquet", "saved"])
