@@ -90,7 +90,9 @@ def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
         file = "online_rows.parquet" if layout.view == ROWS else f"views/{layout.view}.parquet"
-        keys, packed = _packed(spec, layout, pq.read_table(features / file, use_threads=False, read_dictionary=[KEY]), anchor)
+        columns = [*dict.fromkeys((KEY, *layout.times, *layout.numbers, *layout.words))]
+        table = pq.read_table(features / file, columns=columns, use_threads=False, read_dictionary=[KEY])
+        keys, packed = _packed(spec, layout, table, anchor)
         for key, rows in zip(keys, packed, strict=True):
             yield layout.view, key, rows
 
