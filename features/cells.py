@@ -449,22 +449,21 @@ class PostgresCells:
         return self.state.reading()
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        found: list[dict[str, bytes]] = [{} for _ in wanted]
-        pairs = [(i, view, key.encode()) for i, (view, keys) in enumerate(wanted) for key in keys]
+        views = [view for view, keys in wanted for _ in keys]
+        texts = [key.encode() for _, keys in wanted for key in keys]
         query = (
-            "SELECT -1, NULL, NULL, meta FROM millrace_meta WHERE store = %s UNION ALL "
-            "SELECT w.at, w.key, c.packed, NULL FROM unnest(%s::int[], %s::text[], %s::bytea[]) AS w(at, view, key) "
+            "SELECT NULL, NULL, NULL, meta FROM millrace_meta WHERE store = %s UNION ALL "
+            "SELECT c.view, c.key, c.packed, NULL FROM unnest(%b::text[], %b::bytea[]) AS w(view, key) "
             "JOIN millrace_cells c ON c.store = %s AND c.view = w.view AND c.key = w.key"
         )
-        meta: Meta = {}
-        columns = [list(column) for column in zip(*pairs, strict=True)] or [[], [], []]
-        for at, key, packed, told in self._ask(query, (self.name, *columns, self.name)):
-            if at < 0:
+        meta, found = Meta(), {view: dict[str, bytes]() for view, _ in wanted}
+        for view, key, packed, told in self._ask(query, (self.name, views, texts, self.name)):
+            if view is None:
                 meta = told
             else:
-                found[at][key.decode()] = packed
+                found[view][key.decode()] = packed
         self.state.see(meta)
-        return found
+        return [found[view] for view, _ in wanted]
 
     def keys(self, view: str) -> list[str]:
         found = self._ask("SELECT key FROM millrace_cells WHERE store = %s AND view = %s ORDER BY key", (self.name, view))

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -84,11 +84,11 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
     """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
-    width, counts, bodies = layout.dtype.itemsize, [0], []
+    width, begins, bodies = layout.dtype.itemsize, [0], []
     words: dict[str, list] = {name: [] for name in layout.words}
     for blob in blobs:
         n = int.from_bytes(blob[:4], "little")
-        counts.append(n)
+        begins.append(begins[-1] + n)
         bodies.append(blob[4 : 4 + n * width])
         if layout.words and n:
             for name, values in zip(layout.words, json.loads(blob[4 + n * width :]), strict=True):
@@ -99,7 +99,7 @@ def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]
         column = np.empty(len(listed), object)
         column[:] = listed
         columns[name] = column
-    return np.cumsum(counts), columns
+    return np.array(begins), columns
 
 
 Rows = tuple[np.ndarray, Columns, np.ndarray]  # where each distinct key begins, their rows, and each asked key's place
@@ -240,7 +240,7 @@ class OnlineStore:
     def views_at(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
         """What `frame.assemble` takes for rows at their times, and the event times of the latest views."""
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
-        keys = {key: own_keys(self.spec, own, key, len(t)) for key in {stored.key for stored in self.stored}}
+        keys = own_keys(self.spec, own, (stored.key for stored in self.stored), len(t))
         packed = self.read({stored.name: keys[stored.key] for stored in self.stored})
         events = {}
         for stored in self.stored:
@@ -265,14 +265,14 @@ class OnlineStore:
         return raw, events
 
 
-def own_keys(spec: Spec, own: Columns, key: Sequence[str], rows: int) -> list[str | None]:
+def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:
     """Text keys of rows given as frame columns: integers and truths that became floats are themselves again."""
-    columns = []
-    for name in key:
+    wanted, columns = set(keys), {}
+    for name in {name for key in wanted for name in key}:
         kind = {"bool": bool, "string": str}.get(spec.row_source.columns[name].type, int)
         missing = is_missing(own[name]).tolist()
-        columns.append([None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)])
-    return [text_key([column[i] for column in columns]) for i in range(rows)]
+        columns[name] = [None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)]
+    return {key: [text_key([columns[name][i] for name in key]) for i in range(rows)] for key in wanted}
 
 
 def _column(kind: str, stored: np.ndarray | None, there: np.ndarray, asked: np.ndarray | None) -> np.ndarray:
