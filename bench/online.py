@@ -3,8 +3,8 @@
 Figures: `materialize_speedup` (cells per second of a feed into SQLite, over those of Feast's `materialize` into its SQLite
 store), `incremental_materialize_speedup` (seconds of Feast's `materialize_incremental` over ours, when one key in a hundred
 changed: medians of five rounds in turn), `read_p99_ms` and `read_p50_ms` of one entity × 5 views while a feed goes on, by store,
-`read_cpu_ratio_vs_sdk` (CPU of the lean read, by store, over that of `get_online_features` from Feast's SQLite store: medians of
-rounds in turn), `equal_cells`, and of how many.
+`read_cpu_ratio_vs_sdk` (CPU of the lean read, by store, over that of `get_online_features` from Feast's store on the same kind
+of server: medians of rounds in turn), `equal_cells`, and of how many.
 """
 
 import multiprocessing
@@ -43,6 +43,11 @@ from pipelines.spec import Spec, load_spec
 from tests.servers import postgres_server, redis_server
 
 ROUNDS = 5  # of changes
+STOCK = {
+    "redis": '{{type: redis, connection_string: "127.0.0.1:{port}"}}',
+    "postgres": "{{type: postgres, host: 127.0.0.1, port: {port}, user: postgres, password: none, database: postgres, "
+    "sslmode: disable}}",
+}
 
 
 def five_views(spec: Spec) -> Spec:
@@ -56,12 +61,12 @@ def five_views(spec: Spec) -> Spec:
     return spec.model_copy(update={"features": spec.features.model_copy(update={"views": views, "functions": ()})})
 
 
-def stock(spec: Spec, folder: Path, views: Path) -> FeatureStore:
-    """Feast as it comes: the same tables of steps, its file offline store and its SQLite online store."""
+def stock(spec: Spec, folder: Path, views: Path, online: str = "{type: sqlite, path: online.db}") -> FeatureStore:
+    """Feast as it comes: the same tables of steps, its file offline store and one of its online stores."""
     folder.mkdir()
     (folder / "feature_store.yaml").write_text(
         "project: stock\nprovider: local\nregistry: {path: registry.pb, cache_ttl_seconds: 600}\n"
-        "offline_store: {type: duckdb}\nonline_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+        f"offline_store: {{type: duckdb}}\nonline_store: {online}\nentity_key_serialization_version: 3\n"
     )
     kinds = {"string": (feast.String, ValueType.STRING), "int64": (feast.Int64, ValueType.INT64)}
     columns = spec.row_source.columns
@@ -147,7 +152,8 @@ def main() -> None:
         fed = cells + len(lean.cells.keys("rows"))
         theirs = stock(spec, folder / "stock", features / "views")
         began = time.monotonic()
-        theirs.materialize(datetime(2012, 1, 1, tzinfo=UTC), datetime.fromtimestamp(now / 1e6, UTC) + timedelta(microseconds=1))
+        end = datetime.fromtimestamp(now / 1e6, UTC) + timedelta(microseconds=1)
+        theirs.materialize(datetime(2012, 1, 1, tzinfo=UTC), end)
         theirs_s = time.monotonic() - began
         rows += [{"what": "feed into SQLite", "cells": fed, "seconds": round(ours_s, 3)},
                  {"what": "Feast materialize into SQLite", "cells": cells, "seconds": round(theirs_s, 3)}]  # fmt: skip
@@ -157,14 +163,18 @@ def main() -> None:
         p99, p50, ratio = {}, {}, {}
         with ExitStack() as servers:
             places: dict[str, Path | str] = {"sqlite": folder / "served"}
+            peers = {"sqlite": theirs}
             for name, server in (("redis", redis_server), ("postgres", postgres_server)):
-                places[name] = f"{servers.enter_context(server()).url}#bench/flights"
+                running = servers.enter_context(server())
+                places[name] = f"{running.url}#bench/flights"
                 feed(spec, features, places[name], Anchor(now, 0), "one")
+                peers[name] = stock(spec, folder / f"stock-{name}", features / "views", STOCK[name].format(port=running.port))
+                peers[name].materialize(datetime(2012, 1, 1, tzinfo=UTC), end)
             for name, place in places.items():
                 times = latencies(spec, features, place, asked, now, calls)
                 p99[name], p50[name] = (round(float(np.percentile(times, q)), 3) for q in (99, 50))
                 rows.append({"what": f"read while feeding, {name}", "calls": calls, "p50_ms": p50[name], "p99_ms": p99[name]})
-                ours_cpu, theirs_cpu = read_cpu(spec, OnlineStore(spec, place), theirs, asked, now, 2 if told.quick else 10)
+                ours_cpu, theirs_cpu = read_cpu(spec, OnlineStore(spec, place), peers[name], asked, now, 2 if told.quick else 10)
                 ratio[name] = round(ours_cpu / theirs_cpu, 3)
                 ours_ms, sdk_ms = round(ours_cpu * 1e3, 3), round(theirs_cpu * 1e3, 3)
                 rows.append({"what": f"CPU of a read, {name}", "ours_ms": ours_ms, "sdk_ms": sdk_ms})
