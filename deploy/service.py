@@ -108,11 +108,7 @@ class Endpoint:
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
         try:
-            while True:
-                with self.store.reading():  # a feed that moved the clock between the two would answer from another time
-                    served = serve_features(self.store, rows, self.now_us())
-                    if not self.store.cells.changed():
-                        return served, ""
+            return serve_features(self.store, rows, self.now_us), ""
         except StoreDown as down:
             log.warning("%s", down)
             return serve_features(self.store.without_cells(), rows, self.now_us()), str(down)

@@ -551,6 +551,7 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
         return found
 
     whole = pa.concat_tables([values for _, values in read])
+    whole = whole.combine_chunks() if _memory_limit(config) is None else whole  # rows are taken from one chunk faster
     return Ready([whole[c] for c in columns], find)
 
 

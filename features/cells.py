@@ -61,6 +61,10 @@ class StoreDown(MillraceError):
         super().__init__(f"the served store at {place} does not answer ({str(error).strip()[:120]}); start it")
 
 
+class Moved(Exception):
+    """The store was fed while it was read: what was read before is of another state. Read again."""
+
+
 class Held(Protocol):
     """What one served store holds."""
 
@@ -68,16 +72,13 @@ class Held(Protocol):
         """What the last feed wrote about itself; empty before the first."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """One state of the store for everything that is read inside."""
+        """One state of the store for all that `meta` and `get` give inside; they raise Moved where a server has moved on."""
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        """For each view and its keys the packed rows of those keys that are there."""
+        """For each view and its keys the packed rows of those keys that are there. On a server one round trip."""
 
     def keys(self, view: str) -> list[str]:
         """Every key of a view, in order."""
-
-    def changed(self) -> bool:
-        """Whether what was read since `reading` began may be of two states: it is to be read again."""
 
     def events(self, until: int | None = None) -> list[Event]:
         """The pushed events that are kept, in the order in which they were numbered, up to that number."""
@@ -123,9 +124,6 @@ class NoCells:
 
     def keys(self, view: str) -> list[str]:
         return []
-
-    def changed(self) -> bool:
-        return False
 
     def events(self, until: int | None = None) -> list[Event]:
         return []
@@ -241,9 +239,6 @@ class SqliteCells:
     def keys(self, view: str) -> list[str]:
         return [key for (key,) in self.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (view,))]
 
-    def changed(self) -> bool:
-        return False
-
     def events(self, until: int | None = None) -> list[Event]:
         query = "SELECT id, source, row, wall_us, number FROM events WHERE number <= ? ORDER BY number"
         return [Event(*row) for row in self.db.execute(query, (LAST if until is None else until,))] if self.has("events") else []
@@ -298,8 +293,23 @@ class SqliteCells:
 class RedisCells:
     """Hashes of one generation, named by the meta hash; a feed writes the next generation and moves the name."""
 
-    HELD_S = 3_600  # an unfinished generation, and one that is still being read, end by themselves
+    HELD_S = 3_600  # an unfinished generation ends by itself
     LOCK_S = 300
+    LOOK = """
+        local meta = redis.call('HGETALL', KEYS[1] .. ':meta')
+        local generation, found, at = redis.call('HGET', KEYS[1] .. ':meta', 'generation') or '', {meta}, 1
+        while at <= #ARGV do
+            local view, last, values = ARGV[at], at + 1 + tonumber(ARGV[at + 1]), {}
+            local hash = KEYS[1] .. (string.sub(view, 1, #'feast:') == 'feast:' and ':' or ':' .. generation .. ':') .. view
+            for i = at + 2, last, 5000 do
+                for _, value in ipairs(redis.call('HMGET', hash, unpack(ARGV, i, math.min(i + 4999, last)))) do
+                    values[#values + 1] = value
+                end
+            end
+            found[#found + 1], at = values, last + 1
+        end
+        return found
+    """
 
     def __init__(self, url: str, name: str) -> None:
         import redis
@@ -307,29 +317,17 @@ class RedisCells:
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
         self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
-        self.began: Meta | None = None  # what `reading` began with
+        self.look: Any = self.db.register_script(self.LOOK)
+        self.state = _State()
 
     def meta(self) -> Meta:
-        if self.began is not None:
-            return self.began
-        with self._answering():
-            return {k.decode(): v.decode() for k, v in self.db.hgetall(f"{self.name}:meta").items()}
+        if self.state.pinned is None:
+            with self._answering():
+                self.state.see(_texts(self.db.hgetall(f"{self.name}:meta")))
+        return self.state.meta
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        self.began = self.meta()
-        try:
-            yield
-        finally:
-            self.began = None
-
-    def changed(self) -> bool:
-        began, self.began = self.began, None
-        try:
-            now = self.meta()
-        finally:
-            self.began = began
-        return began is not None and now != began
+    def reading(self) -> AbstractContextManager[None]:
+        return self.state.reading()
 
     def events(self, until: int | None = None) -> list[Event]:
         with self._answering():
@@ -342,13 +340,12 @@ class RedisCells:
         return {i for i, number in zip(ids, held, strict=True) if number is not None}
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        meta = self.meta()
-        asked = [(view, keys) for view, keys in wanted if keys]
-        with self._answering(), self.db.pipeline(transaction=False) as pipe:
-            for view, keys in asked:
-                pipe.hmget(self._hash(meta, view), keys)
-            answers = iter(pipe.execute())
-        return [{k: v for k, v in zip(keys, next(answers), strict=True) if v is not None} if keys else {} for _, keys in wanted]
+        asked = [word for view, keys in wanted for word in (view, len(keys), *keys)]
+        with self._answering():
+            meta, *answers = self.look(keys=[self.name], args=asked)
+        self.state.see(_texts(dict(zip(meta[::2], meta[1::2], strict=True))))
+        found = zip(wanted, answers, strict=True)
+        return [{k: v for k, v in zip(keys, values, strict=True) if v is not None} for (_, keys), values in found]
 
     def keys(self, view: str) -> list[str]:
         with self._answering():
@@ -447,7 +444,7 @@ class RedisCells:
 
 
 class PostgresCells:
-    """Two tables for all stores. A feed is one transaction; readers keep the state at which they began."""
+    """Three tables for all stores. A feed is one transaction, and what is read at once one statement."""
 
     TABLES = """
         CREATE TABLE IF NOT EXISTS millrace_cells (store text, view text, key bytea, packed bytea,
@@ -460,41 +457,37 @@ class PostgresCells:
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name, self.place = url, name, place_of(url)
         self.db: Any = None
-        self.inside = False  # a transaction of reads
+        self.state = _State()
 
     def meta(self) -> Meta:
-        found = self._ask("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,))
-        return dict(found[0][0]) if found else {}
+        if self.state.pinned is None:
+            found = self._ask("SELECT meta FROM millrace_meta WHERE store = %s", (self.name,))
+            self.state.see(dict(found[0][0]) if found else {})
+        return self.state.meta
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        self._ask("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        self.inside = True
-        try:
-            yield
-        finally:
-            if self.db is not None:
-                self._ask("ROLLBACK")
-            self.inside = False
+    def reading(self) -> AbstractContextManager[None]:
+        return self.state.reading()
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        found: list[dict[str, bytes]] = [{} for _ in wanted]
-        places = {view: i for i, (view, _) in enumerate(wanted)}
-        pairs = [(view, key.encode()) for view, keys in wanted for key in keys]
+        views = [view for view, keys in wanted for _ in keys]
+        texts = [key.encode() for _, keys in wanted for key in keys]
         query = (
-            "SELECT c.view, c.key, c.packed FROM unnest(%s::text[], %s::bytea[]) AS w(view, key) "
+            "SELECT NULL, NULL, NULL, meta FROM millrace_meta WHERE store = %s UNION ALL "
+            "SELECT c.view, c.key, c.packed, NULL FROM unnest(%b::text[], %b::bytea[]) AS w(view, key) "
             "JOIN millrace_cells c ON c.store = %s AND c.view = w.view AND c.key = w.key"
         )
-        for view, key, packed in self._ask(query, ([v for v, _ in pairs], [k for _, k in pairs], self.name)) if pairs else ():
-            found[places[view]][bytes(key).decode()] = bytes(packed)
-        return found
+        meta, found = Meta(), {view: dict[str, bytes]() for view, _ in wanted}
+        for view, key, packed, told in self._ask(query, (self.name, views, texts, self.name)):
+            if view is None:
+                meta = told
+            else:
+                found[view][key.decode()] = packed
+        self.state.see(meta)
+        return [found[view] for view, _ in wanted]
 
     def keys(self, view: str) -> list[str]:
         found = self._ask("SELECT key FROM millrace_cells WHERE store = %s AND view = %s ORDER BY key", (self.name, view))
         return [bytes(key).decode() for (key,) in found]
-
-    def changed(self) -> bool:
-        return False
 
     def events(self, until: int | None = None) -> list[Event]:
         query = "SELECT id, source, row, wall_us, number FROM millrace_events WHERE store = %s AND number <= %s ORDER BY number"
@@ -581,15 +574,43 @@ class PostgresCells:
         try:
             if self.db is None:
                 self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True)
-            cursor = self.db.execute(query, values or None)
+            cursor = self.db.execute(query, values or None, binary=True)
             return list(cursor.fetchall()) if cursor.description else []
         except psycopg.errors.UndefinedTable:
             return []
         except psycopg.OperationalError as error:
             self.db = None
-            if held and not self.inside:
+            if held:
                 return self._ask(query, values)
             raise StoreDown(self.place, error) from None
+
+
+class _State:
+    """The state of a server's store that was seen first since reading began: what is read later must be of it too."""
+
+    def __init__(self) -> None:
+        self.inside, self.meta = False, Meta()
+        self.pinned: Meta | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self.inside, self.pinned = True, None
+        try:
+            yield
+        finally:
+            self.inside, self.pinned = False, None
+
+    def see(self, meta: Meta) -> None:
+        """Takes what a feed said of the state that was read. Raises Moved where that is another one."""
+        if self.pinned is not None and meta != self.pinned:
+            raise Moved
+        self.meta = meta
+        if self.inside:
+            self.pinned = meta
+
+
+def _texts(told: dict[bytes, bytes]) -> Meta:
+    return {name.decode(): value.decode() for name, value in told.items()}
 
 
 def _numbered(update: Update, held: Meta, seen: set[str]) -> tuple[list[Event], Meta]:

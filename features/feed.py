@@ -90,10 +90,12 @@ def _meta(spec: Spec, anchor: Anchor, snapshot: str, newest: Mapping[str, int]) 
 def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
+        columns = [*dict.fromkeys((KEY, *layout.times, *layout.numbers, *layout.words))]
         if layout.view == ROWS:
-            table = pq.read_table(features / "online_rows.parquet", use_threads=False, read_dictionary=[KEY])
+            path = features / "online_rows.parquet"
+            table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
         else:
-            table = read_view(features, layout.view, anchor)
+            table = read_view(features, layout.view, anchor, columns)
         keys, packed = _packed(spec, layout, table, anchor)
         for key, rows in zip(keys, packed, strict=True):
             yield layout.view, key, rows

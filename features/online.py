@@ -2,16 +2,17 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from features.cells import PUSHED, Held, Meta, NoCells, open_cells, place_of
+from features.cells import PUSHED, Held, Meta, Moved, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
@@ -23,6 +24,7 @@ from pipelines.manifest import digest_of
 from pipelines.spec import Sequence as Chain
 from pipelines.spec import Spec
 
+T = TypeVar("T")
 ROWS = "rows"  # the view that holds the rows source itself
 LAYOUT_TAG, KEY_TAG = "millrace.layout", "millrace.key"  # of views of ours in Feast's registry
 
@@ -82,11 +84,11 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
     """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
-    width, counts, bodies = layout.dtype.itemsize, [0], []
+    width, begins, bodies = layout.dtype.itemsize, [0], []
     words: dict[str, list] = {name: [] for name in layout.words}
     for blob in blobs:
         n = int.from_bytes(blob[:4], "little")
-        counts.append(n)
+        begins.append(begins[-1] + n)
         bodies.append(blob[4 : 4 + n * width])
         if layout.words and n:
             for name, values in zip(layout.words, json.loads(blob[4 + n * width :]), strict=True):
@@ -97,17 +99,23 @@ def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]
         column = np.empty(len(listed), object)
         column[:] = listed
         columns[name] = column
-    return np.cumsum(counts), columns
+    return np.array(begins), columns
 
 
 Rows = tuple[np.ndarray, Columns, np.ndarray]  # where each distinct key begins, their rows, and each asked key's place
 
 
-def read_cells(cells: Held, wanted: Mapping[str, tuple[Layout, Sequence[str | None]]]) -> dict[str, Rows]:
-    """By view: rows of the distinct keys, where each begins, and the position of each asked key (−1: none)."""
+def read_cells(
+    cells: Held, wanted: Mapping[str, tuple[Layout, Sequence[str | None]]], check: Callable[[], object] = dict
+) -> dict[str, Rows]:  # fmt: skip
+    """By view: rows of the distinct keys, where each begins, and the position of each asked key (−1: none).
+
+    `check` is called before anything is unpacked.
+    """
     distinct = [(view, sorted({k for k in keys if k is not None})) for view, (_, keys) in wanted.items()]
-    found = {}
-    for (view, (layout, keys)), packed in zip(wanted.items(), cells.get(distinct), strict=True):
+    held, found = cells.get(distinct), {}
+    check()
+    for (view, (layout, keys)), packed in zip(wanted.items(), held, strict=True):
         start, columns = unpack(layout, list(packed.values()))
         place = {key: i for i, key in enumerate(packed)}
         found[view] = start, columns, np.array([-1 if k is None else place.get(k, -1) for k in keys], np.int64)
@@ -194,17 +202,24 @@ class OnlineStore:
             finally:
                 self.reads = 0
 
+    def in_one_state(self, read: Callable[[], T]) -> T:
+        """What `read` gives, all of it from one state of the store: where that is fed meanwhile, it is called again."""
+        while not self.reads:
+            with suppress(Moved), self.reading():
+                return read()
+        return read()
+
     def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, Rows]:
-        """See `read_cells`."""
-        return read_cells(self.cells, {view: (self.layouts[view], keys) for view, keys in wanted.items()})
+        """See `read_cells`. Raises MillraceError as `check_format` does."""
+        with self.reading():
+            return read_cells(self.cells, {view: (self.layouts[view], keys) for view, keys in wanted.items()}, self.check_format)
 
     def look_up(self, requests: Sequence[Mapping[str, object]], now: int) -> Looked:
         """Everything that is known at `now` about the requested rows. Timestamps in requests are int µs."""
         with self.reading():
-            meta = self.check_format()
             own, unknown, closed = self._rows(requests, now)
-            t = np.full(len(requests), now)
-            raw, events = self.views_at(own, t)
+            raw, events = self.views_at(own, np.full(len(requests), now))
+        meta = self.last
         aging = frozenset(n for n, v in self.spec.features.views.items() if v.latest is not None and v.latest.ttl)
         return Looked(own, raw, unknown, closed, events, aging, meta["snapshot"], int(meta.get(PUSHED, 0)))
 
@@ -225,7 +240,7 @@ class OnlineStore:
     def views_at(self, own: Columns, t: np.ndarray) -> tuple[dict[str, dict[str, Columns]], dict[str, np.ndarray]]:
         """What `frame.assemble` takes for rows at their times, and the event times of the latest views."""
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
-        keys = {key: own_keys(self.spec, own, key, len(t)) for key in {stored.key for stored in self.stored}}
+        keys = own_keys(self.spec, own, (stored.key for stored in self.stored), len(t))
         packed = self.read({stored.name: keys[stored.key] for stored in self.stored})
         events = {}
         for stored in self.stored:
@@ -250,14 +265,14 @@ class OnlineStore:
         return raw, events
 
 
-def own_keys(spec: Spec, own: Columns, key: Sequence[str], rows: int) -> list[str | None]:
+def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:
     """Text keys of rows given as frame columns: integers and truths that became floats are themselves again."""
-    columns = []
-    for name in key:
+    wanted, columns = set(keys), {}
+    for name in {name for key in wanted for name in key}:
         kind = {"bool": bool, "string": str}.get(spec.row_source.columns[name].type, int)
         missing = is_missing(own[name]).tolist()
-        columns.append([None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)])
-    return [text_key([column[i] for column in columns]) for i in range(rows)]
+        columns[name] = [None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)]
+    return {key: [text_key([columns[name][i] for name in key]) for i in range(rows)] for key in wanted}
 
 
 def _column(kind: str, stored: np.ndarray | None, there: np.ndarray, asked: np.ndarray | None) -> np.ndarray:
@@ -303,8 +318,14 @@ class Served:
         return {n: iso(int(e[row])) for n, e in self.looked.events.items() if e[row] != MISSING}
 
 
-def serve_features(store: OnlineStore, requests: Sequence[Mapping[str, object]], now: int) -> Served:
-    """The frame of the requested rows at `now`: the same functions as in training, on what the store holds."""
-    looked = store.look_up(requests, now)
-    frame = assemble(store.spec, looked.own, looked.raw, np.full(len(requests), now))
-    return Served(now, frame, looked)
+def serve_features(store: OnlineStore, requests: Sequence[Mapping[str, object]], now: int | Callable[[], int]) -> Served:
+    """The frame of the requested rows at `now` (also asked for in the state of the store that is read): the same functions
+    as in training, on what the store holds."""
+
+    def look() -> tuple[int, Looked]:
+        at = now if isinstance(now, int) else now()
+        return at, store.look_up(requests, at)
+
+    at, looked = store.in_one_state(look)
+    frame = assemble(store.spec, looked.own, looked.raw, np.full(len(requests), at))
+    return Served(at, frame, looked)

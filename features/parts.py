@@ -177,13 +177,13 @@ def _link(old: Path, new: Path) -> None:
     os.link(old, new)
 
 
-def read_view(folder: Path, view: str, since: int = MISSING) -> pa.Table:
-    """What a stored view holds for t ≥ since: by key and time, or by chain and order of the plans."""
+def read_view(folder: Path, view: str, since: int = MISSING, columns: list[str] | None = None) -> pa.Table:
+    """What a stored view holds for t ≥ since, or some columns of it: by key and time, or by chain and order of the plans."""
     files = sorted((folder / "views" / view).glob("*.parquet"))
     begins = [int(path.stem) for path in files]
     tables: list[pa.Table] = []
     for path, begin in list(zip(files, begins, strict=True))[max(sum(b <= since for b in begins) - 1, 0) :]:
-        table = pq.read_table(path, use_threads=False, read_dictionary=[KEY])
+        table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
         if tables and "_live_to" not in table.column_names:
             table = table.filter(pa.array(int_times(table[TIME]) >= begin))  # what it begins with is known
         tables.append(table)

@@ -145,11 +145,11 @@ def _steps(config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey],
         return [(None, None)] * len(entity_keys)
     cells = open_cells(_place(config))
     with cells.reading():
-        now = _now(config, cells.meta())
         order = json.loads(table.tags[KEY_TAG])
         keys = [_text(key, order) if order else "" for key in entity_keys]
         layout = Layout(**json.loads(table.tags[LAYOUT_TAG]))
         start, columns, at = read_cells(cells, {table.name: (layout, keys)})[table.name]
+        now = _now(config, cells.meta())
     found = as_of(start, columns[TIME], at, np.full(len(keys), now))
     types = {field.name: field.dtype for field in table.schema}
     return [

@@ -56,7 +56,7 @@ def through_feast(store: FeatureStore, spec: Any, own: Columns, rows: int) -> di
     for stored in stored_views(spec):
         if stored.kind == "sequence":
             continue
-        keys = own_keys(spec, own, stored.key, rows)
+        keys = own_keys(spec, own, [stored.key], rows)[stored.key]
         whole = [i for i, key in enumerate(keys) if key is not None]
         names = [*stored.integers, *(n for n, _ in stored.values)]
         kinds = dict(stored.values)
