@@ -8,6 +8,7 @@ key, and a feed leaves them alone.
 import json
 import os
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -274,7 +275,7 @@ class RedisCells:
     """Hashes of one generation, named by the meta hash; a feed writes the next generation and moves the name."""
 
     HELD_S = 3_600  # an unfinished generation ends by itself
-    LOCK_S = 300
+    LOCK_S = 30  # after which a writer that was killed keeps others out no longer
     LOOK = """
         local meta = redis.call('HGETALL', KEYS[1] .. ':meta')
         local generation, found, at = redis.call('HGET', KEYS[1] .. ':meta', 'generation') or '', {meta}, 1
@@ -295,6 +296,7 @@ class RedisCells:
         import redis
 
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+        self.lost: Any = redis.exceptions.LockError
         self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
         self.look: Any = self.db.register_script(self.LOOK)
@@ -412,8 +414,21 @@ class RedisCells:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """A while in which there is no other writer."""
-        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
-            yield
+        lock, over = self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, thread_local=False), threading.Event()
+
+        def hold() -> None:
+            while not over.wait(self.LOCK_S / 3):
+                with suppress(*self.errors, self.lost):  # whoever writes finds out
+                    lock.reacquire()
+
+        with self._answering(), lock:
+            holder = threading.Thread(target=hold, daemon=True)
+            holder.start()
+            try:
+                yield
+            finally:
+                over.set()
+                holder.join()
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
