@@ -8,6 +8,7 @@ key, and a feed leaves them alone.
 import json
 import os
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -137,10 +138,13 @@ def open_cells(store: Path | str) -> Held:
     return SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else NoCells({})
 
 
-def writable_cells(store: Path | str) -> Cells:
-    """The cells in a folder, or behind a URL that ends in `#NAME`; $NAMES in a URL are taken from the environment."""
+def writable_cells(store: Path | str, *, durable: bool = True) -> Cells:
+    """The cells in a folder, or behind a URL that ends in `#NAME`; $NAMES in a URL are taken from the environment.
+
+    Not `durable`: a file may lose what was written last with the power, as a whole; it can be fed again.
+    """
     folder = _folder(store)
-    return _remote(str(store)) if folder is None else SqliteCells(folder, write=True)
+    return _remote(str(store)) if folder is None else SqliteCells(folder, write=True, durable=durable)
 
 
 def place_of(store: Path | str) -> str:
@@ -182,7 +186,7 @@ class SqliteCells:
     FILE = "store.sqlite"
     WAIT_S = 60  # for another writer, or for readers of what is to be deleted
 
-    def __init__(self, folder: Path, *, write: bool) -> None:
+    def __init__(self, folder: Path, *, write: bool, durable: bool = True) -> None:
         path = self.path = folder / self.FILE
         if not write:
             self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
@@ -195,6 +199,8 @@ class SqliteCells:
                 os.link(scratch, path)
             scratch.unlink()
         self.db = self._made(path)
+        if not durable:
+            self.db.execute("PRAGMA synchronous = NORMAL")
 
     def __del__(self) -> None:
         """Lets go of the file at once: a connection is in a cycle with its statements, and would live until the next gc."""
@@ -294,7 +300,7 @@ class RedisCells:
     """Hashes of one generation, named by the meta hash; a feed writes the next generation and moves the name."""
 
     HELD_S = 3_600  # an unfinished generation ends by itself
-    LOCK_S = 300
+    LOCK_S = 30  # after which a writer that was killed keeps others out no longer
     LOOK = """
         local meta = redis.call('HGETALL', KEYS[1] .. ':meta')
         local generation, found, at = redis.call('HGET', KEYS[1] .. ':meta', 'generation') or '', {meta}, 1
@@ -315,6 +321,7 @@ class RedisCells:
         import redis
 
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+        self.lost: Any = redis.exceptions.LockError
         self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
         self.look: Any = self.db.register_script(self.LOOK)
@@ -432,8 +439,21 @@ class RedisCells:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """A while in which there is no other writer."""
-        with self._answering(), self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, blocking_timeout=self.LOCK_S):
-            yield
+        lock, over = self.db.lock(f"{self.name}:lock", timeout=self.LOCK_S, thread_local=False), threading.Event()
+
+        def hold() -> None:
+            while not over.wait(self.LOCK_S / 3):
+                with suppress(*self.errors, self.lost):  # whoever writes finds out
+                    lock.reacquire()
+
+        with self._answering(), lock:
+            holder = threading.Thread(target=hold, daemon=True)
+            holder.start()
+            try:
+                yield
+            finally:
+                over.set()
+                holder.join()
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ def feed(
         meta = {**_meta(spec, anchor, snapshot, newest or {}), "whole_us": str(anchor.data_us)}
         return Update(meta, chain(base, more), events=events)
 
-    return writable_cells(store).feed(decide)
+    return writable_cells(store, durable=False).feed(decide)
 
 
 def feed_changes(
@@ -63,13 +63,14 @@ def feed_changes(
     """Moves a served store from snapshot `since` on by the cells that changed; False where it is not at `since` (any more)."""
 
     def decide(held: Meta) -> Update | None:
-        at_since = held.get("snapshot") == since and held["format"] == layout_digest(spec)
+        meta = _meta(spec, anchor, snapshot, newest)
+        at_since = held.get("snapshot") == since and held["format"] == meta["format"]
         if not at_since or int(held["data_us"]) > anchor.data_us:
             return None
         events, changes = fresh()
-        return Update(_meta(spec, anchor, snapshot, newest), changes, whole=False, events=events)
+        return Update(meta, changes, whole=False, events=events)
 
-    return writable_cells(store).feed(decide)
+    return writable_cells(store, durable=False).feed(decide)
 
 
 def is_fed(spec: Spec, store: Path | str, anchor: Anchor, snapshot: str) -> bool:
@@ -112,9 +113,9 @@ def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[l
         table = table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor)))
     elif table.num_rows:
         later = int_times(table[TIME]) > anchor
-        last = np.zeros(len(later), bool)
-        last[key_runs(table[KEY])[1][1:] - 1] = True
-        table = table.filter(pa.array(later | last | np.append(later[1:], False)))
+        needed = later | np.append(later[1:], False)
+        needed[key_runs(table[KEY])[1][1:] - 1] = True
+        table = table if needed.all() else table.filter(pa.array(needed))
     if not table.num_rows:
         return [], iter(())
     keys, start = key_runs(table[KEY])

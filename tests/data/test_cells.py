@@ -1,6 +1,7 @@
 """The served store in SQLite, Redis and Postgres: one contract, real servers."""
 
 import gc
+import json
 import os
 import signal
 import threading
@@ -14,12 +15,24 @@ import pytest
 
 from features import feed as feeding
 from features import online, rows
-from features.cells import Change, Held, Moved, SqliteCells, StoreDown, Update, open_cells, writable_cells
+from features.cells import (
+    Change,
+    Event,
+    Held,
+    Meta,
+    Moved,
+    RedisCells,
+    SqliteCells,
+    StoreDown,
+    Update,
+    open_cells,
+    writable_cells,
+)
 from features.feed import feed
 from features.online import OnlineStore, serve_features
 from features.rows import online_rows
 from features.store import write_views
-from pipelines.clock import Anchor
+from pipelines.clock import Anchor, wall_us
 from pipelines.errors import MillraceError
 from tests.agreement import features_at, frame_differences, make_world, served_differences
 from tests.servers import NAMES, REMOTE, Server
@@ -108,6 +121,84 @@ def test_a_feed_that_breaks_leaves_what_was_there(place: str) -> None:
     assert fill(place, "n")  # nothing is locked
 
 
+def test_a_writer_killed_in_the_midst_of_a_feed_leaves_what_was_there_and_keeps_nobody_out(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(RedisCells, "LOCK_S", 2)
+    fill(place, "m")
+    at_work, told = os.pipe()
+
+    def endless() -> Iterator[Change]:
+        yield from (("one", str(i), b"new") for i in range(5_000))
+        os.write(told, b".")
+        time.sleep(60)
+
+    child = os.fork()
+    if not child:
+        writable_cells(place).feed(lambda held: Update({"mark": "killed"}, endless()))
+    os.read(at_work, 1)
+    assert look(open_cells(place))[0] == "m"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert look(open_cells(place))[:2] == ("m", {key: f"mone{key}".encode() for key in KEYS})
+    assert fill(place, "n") and look(open_cells(place))[0] == "n"
+    assert open_cells(place).meta()["before"] == "m" and open_cells(place).keys("one") == sorted(KEYS)
+
+
+@pytest.mark.redis
+def test_a_feed_that_takes_longer_than_the_lock_keeps_others_out(redis: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RedisCells, "LOCK_S", 0.3)
+    place = f"{redis.url}#test/{next(NAMES)}"
+    begun = threading.Event()
+
+    def slow(held: Meta) -> Update:
+        begun.set()
+        time.sleep(1)
+        return Update({"mark": "slow", "before": held.get("mark", "")}, iter([("one", "a", b"1")]))
+
+    writer = threading.Thread(target=lambda: writable_cells(place).feed(slow))
+    writer.start()
+    begun.wait()
+    fill(place, "next")
+    writer.join()
+    assert open_cells(place).meta()["mark"] == "next" and open_cells(place).meta()["before"] == "slow"
+
+
+def test_what_is_purged_is_gone_and_the_rest_is_there(place: str) -> None:
+    events = [Event(name, "trips", json.dumps({"rider": f"secret-{name}"}), wall_us()) for name in ("one", "two", "three")]
+    cells = writable_cells(place)
+    fill(place, "m")
+    cells.feed(lambda held: Update({"mark": "m"}, (), whole=False, events=events))
+    cells.put("feast:riders", {"one": b"secret-one"}, lambda new, held: True)
+    fill(other := place + "-other", "m")
+    writable_cells(other).put("feast:riders", {"one": b"1"}, lambda new, held: True)
+    cells.purge(["one", "nobody"])
+    assert [event.id for event in open_cells(place).events()] == ["two", "three"]
+    assert writable_cells(place).seen(["one", "two"]) == {"two"}
+    assert open_cells(place).get([("feast:riders", ["one"])]) == [{}]
+    assert look(open_cells(place))[:2] == ("m", {key: f"mone{key}".encode() for key in KEYS})
+    assert open_cells(other).get([("feast:riders", ["one"])]) == [{"one": b"1"}]
+    cells.feed(lambda held: Update({}, (), whole=False, events=[Event("four", "trips", "{}", wall_us())]))
+    assert [event.number for event in open_cells(place).events()] == [2, 3, 4]  # no number is given twice
+    if "://" not in place:
+        left = b"".join(path.read_bytes() for path in Path(place).iterdir())
+        assert b"secret-two" in left and b"secret-one" not in left
+
+
+@pytest.mark.redis
+def test_a_purge_removes_what_earlier_feeds_have_left_in_redis(redis: Server) -> None:
+    place = f"{redis.url}#test/{next(NAMES)}"
+    fill(place, "m")
+    fill(place, "n")
+    cells = writable_cells(place)
+    assert isinstance(cells, RedisCells)
+    pattern, views = f"{cells.name}:*", {"one", "two"}
+    assert len([name for name in cells.db.scan_iter(pattern) if name.decode().rpartition(":")[2] in views]) == 4
+    cells.purge([])
+    assert len([name for name in cells.db.scan_iter(pattern) if name.decode().rpartition(":")[2] in views]) == 2
+    assert look(open_cells(place))[0] == "n"
+
+
 def test_a_reader_sees_one_state_while_a_feed_goes_on(place: str) -> None:
     fill(place, "m")
     reader = open_cells(place)
@@ -173,6 +264,25 @@ def test_what_is_served_agrees_with_the_oracle(
     served, asked = OnlineStore(world.spec, place), world.asked()
     assert frame_differences(world.spec, features_at(served, asked), world.expected(asked), "row") == []
     assert served_differences(world, served) == []
+
+
+def test_an_answer_is_of_one_state_also_where_a_feed_comes_in_its_midst(place: str, tmp_path: Path) -> None:
+    world = make_world(3000, tmp_path)
+    folder, request, fed = tmp_path / "features", world.case.requests[0], []
+    write_views(world.spec, world.tables, folder)
+    pq.write_table(online_rows(world.spec, world.tables, world.snapshot.watermark_us), folder / "online_rows.parquet")
+    feed(world.spec, folder, place, Anchor(0, 0), "0")
+    store = OnlineStore(world.spec, place)
+
+    def now() -> int:
+        state = store.anchor().data_us
+        if len(fed) < 3:
+            fed.append(feed(world.spec, folder, place, Anchor(state + 1, 0), str(len(fed) + 1)))
+        return state
+
+    served = serve_features(store, [request.version], now)
+    assert served.now == int(served.looked.snapshot)  # feed number n is at n µs
+    assert len(fed) == (3 if "://" in place else 1)
 
 
 @pytest.mark.parametrize("kind", REMOTE)
