@@ -28,6 +28,7 @@ from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
 
 Tables = Mapping[str, pa.Table]
+PART = 50_000  # keys that are packed at a time
 
 
 Fresh = Callable[[], tuple[Sequence[Event], Iterable[Change]]]  # events that a store is to hold, and cells that change
@@ -90,12 +91,24 @@ def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
         file = "online_rows.parquet" if layout.view == ROWS else f"views/{layout.view}.parquet"
-        keys, packed = _packed(spec, layout, pq.read_table(features / file, use_threads=False, read_dictionary=[KEY]), anchor)
-        for key, rows in zip(keys, packed, strict=True):
-            yield layout.view, key, rows
+        for part in _parts(features / file, [KEY, *layout.times, *layout.numbers, *layout.words]):
+            for key, rows in _packed(spec, layout, part, anchor):
+                yield layout.view, key, rows
 
 
-def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[list[str], Iterator[bytes]]:
+def _parts(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of a view, which are sorted by key, a row group at a time; those of one key come together."""
+    file = pq.ParquetFile(path, read_dictionary=[KEY])
+    rest = file.schema_arrow.empty_table().select(columns)
+    for group in range(file.num_row_groups):
+        read = file.read_row_group(group, columns, use_threads=False)
+        table = pa.concat_tables([rest, read]) if rest.num_rows else read
+        cut = key_runs(table[KEY])[1][-2] if table.num_rows and group + 1 < file.num_row_groups else table.num_rows
+        rest = table.slice(cut)
+        yield table.slice(0, cut)
+
+
+def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterator[tuple[str, bytes]]:
     """The keys of a view that are needed from the anchor on, and their packed rows."""
     if layout.view == ROWS:
         table = table.filter(pc.greater(table["_live_to"], anchor))
@@ -110,9 +123,12 @@ def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[l
         last[key_runs(table[KEY])[1][1:] - 1] = True
         table = table.filter(pa.array(later | last | np.append(later[1:], False)))
     if not table.num_rows:
-        return [], iter(())
+        return
     keys, start = key_runs(table[KEY])
-    return keys.to_pylist(), pack(layout, table, start)
+    for i in range(0, len(keys), PART):
+        bounds = start[i : i + PART + 1]
+        part = table.slice(bounds[0], bounds[-1] - bounds[0])
+        yield from zip(keys.slice(i, PART).to_pylist(), pack(layout, part, bounds - bounds[0]), strict=True)
 
 
 # What new facts change
@@ -129,13 +145,13 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
             continue
         facts = Facts(spec, {**tables, source: some} if source not in others else tables, since=anchor)
         for stored, table in build_views(facts, name):
-            yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
+            yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source = spec.rows.source
     keys, some = _touched(every, new, source, spec.row_key, spec.closed_by, spec.row_key)
     if len(keys):
         table = online_rows(spec, {**tables, source: some} if source not in spec.closed_by else tables, anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
-        yield from _of_keys(ROWS, keys, *_packed(spec, packing[ROWS], table, anchor))
+        yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
 
 
 def _touched(
@@ -163,8 +179,8 @@ def _within(names: pa.Array, keys: pa.Array) -> np.ndarray:
     return codes_of(names, keys) >= 0
 
 
-def _of_keys(view: str, keys: pa.Array, names: list[str], packed: Iterator[bytes]) -> Iterator[Change]:
-    found = dict(zip(names, packed, strict=True))
+def _of_keys(view: str, keys: pa.Array, packed: Iterator[tuple[str, bytes]]) -> Iterator[Change]:
+    found = dict(packed)
     for key in keys.to_pylist():
         yield view, key, found.get(key)
 
