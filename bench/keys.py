@@ -78,8 +78,8 @@ def land(folder: Path, keys: int) -> None:
     customers = draw.permutation(keys)
     for i in range(0, keys, 1_000_000):
         some = customers[i : i + 1_000_000]
-        table = pa.table({"visit": i + np.arange(len(some)), "customer": some, "at": stamps(NOW - draw.integers(0, 30 * DAY_US, len(some))),
-                          "spent": draw.integers(0, 2_000, len(some)) / 100})  # fmt: skip
+        at, spent = stamps(NOW - draw.integers(0, 30 * DAY_US, len(some))), draw.integers(0, 2_000, len(some)) / 100
+        table = pa.table({"visit": i + np.arange(len(some)), "customer": some, "at": at, "spent": spent})
         pq.write_table(table, landing / "visits" / f"{i:09}.parquet")
     due = NOW + draw.integers(0, DAY_US, 1_000)
     asks = {"ask": np.arange(1_000), "customer": customers[:1_000], "due": stamps(due), "told": stamps(due - DAY_US)}
@@ -146,7 +146,8 @@ def main() -> None:
     try:
         land(folder, keys)
         for name in STEPS:
-            done = subprocess.run([sys.executable, "-m", "bench.keys", name, str(folder)], cwd=ROOT, capture_output=True, text=True)
+            command = [sys.executable, "-m", "bench.keys", name, str(folder)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
             rows.append({"step": name, **json.loads(done.stdout.splitlines()[-1])})
