@@ -531,7 +531,11 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
 
     if kind is None:
         stamps = [stored[source.timestamp_field], created] if created else [stored[source.timestamp_field]]
-        table, parts = _facts(config, place, [stored[c] for c in key], stamps, columns, view.ttl)
+        try:
+            table, parts = _facts(config, place, [stored[c] for c in key], stamps, columns, view.ttl)
+        except pa.ArrowInvalid as error:
+            said = f"view {view.name!r}: {place.path} cannot be read with the types of its first file: {error}"
+            raise MillraceError(said) from None
         return Ready([table[c] for c in columns], lambda rows: rows_seen(parts, keys_of(rows), rows[_time_column(rows)]))
     held = (KEY, TIME, "_order", "_live_to") if kind == "sequence" else (KEY, TIME)
     begins, places = zip(*place.parts(), strict=True)

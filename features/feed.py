@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
 from features.keys import key_arrays, key_runs, rows_among, text_keys
 from features.online import ROWS, Layout, layout_digest, layouts, pack
-from features.parts import read_view
+from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.views import RECENT
@@ -29,6 +28,7 @@ from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
 
 Tables = Mapping[str, pa.Table]
+PART = 50_000  # keys that are packed at a time
 
 
 Fresh = Callable[[], tuple[Sequence[Event], Iterable[Change]]]  # events that a store is to hold, and cells that change
@@ -92,17 +92,14 @@ def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
         columns = [*dict.fromkeys((KEY, *layout.times, *layout.numbers, *layout.words))]
-        if layout.view == ROWS:
-            path = features / "online_rows.parquet"
-            table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
-        else:
-            table = read_view(features, layout.view, anchor, columns)
-        keys, packed = _packed(spec, layout, table, anchor)
-        for key, rows in zip(keys, packed, strict=True):
-            yield layout.view, key, rows
+        rows = features / "online_rows.parquet"
+        found = by_key(rows, columns) if layout.view == ROWS else view_by_key(features, layout.view, anchor, columns)
+        for table in found:
+            for key, packed in _packed(spec, layout, table, anchor):
+                yield layout.view, key, packed
 
 
-def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[list[str], Iterator[bytes]]:
+def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterator[tuple[str, bytes]]:
     """The keys of a view that are needed from the anchor on, and their packed rows."""
     if layout.view == ROWS:
         table = table.filter(pc.greater(table["_live_to"], anchor))
@@ -117,9 +114,12 @@ def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> tuple[l
         needed[key_runs(table[KEY])[1][1:] - 1] = True
         table = table if needed.all() else table.filter(pa.array(needed))
     if not table.num_rows:
-        return [], iter(())
+        return
     keys, start = key_runs(table[KEY])
-    return keys.to_pylist(), pack(layout, table, start)
+    for i in range(0, len(keys), PART):
+        bounds = start[i : i + PART + 1]
+        part = table.slice(bounds[0], bounds[-1] - bounds[0])
+        yield from zip(keys.slice(i, PART).to_pylist(), pack(layout, part, bounds - bounds[0]), strict=True)
 
 
 # What new facts change
@@ -138,14 +138,14 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
         if isinstance(view.shape, Chain):
             facts = Facts(spec, _facts_of(every, source, view.shape.key, touched, others, joined))
         for stored, table in build_views(facts, name, anchor, only=keys):
-            yield from _of_keys(stored.name, keys, *_packed(spec, packing[stored.name], table, anchor))
+            yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source, key = spec.rows.source, spec.row_key
     touched = _touched(every, new, source, spec.closed_by, key)
     keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
     if len(keys):
         table = online_rows(spec, _facts_of(every, source, key, touched, spec.closed_by, key), anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
-        yield from _of_keys(ROWS, keys, *_packed(spec, packing[ROWS], table, anchor))
+        yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
 
 
 def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> pa.Table:
@@ -171,8 +171,8 @@ def _facts_of(
     return {**joint, source: some}
 
 
-def _of_keys(view: str, keys: pa.Array, names: list[str], packed: Iterator[bytes]) -> Iterator[Change]:
-    found = dict(zip(names, packed, strict=True))
+def _of_keys(view: str, keys: pa.Array, packed: Iterator[tuple[str, bytes]]) -> Iterator[Change]:
+    found = dict(packed)
     for key in keys.to_pylist():
         yield view, key, found.get(key)
 

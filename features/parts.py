@@ -177,15 +177,40 @@ def _link(old: Path, new: Path) -> None:
     os.link(old, new)
 
 
+def by_key(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of a view, which are sorted by key, a row group at a time; those of one key come together."""
+    file = pq.ParquetFile(path, read_dictionary=[KEY])
+    rest = file.schema_arrow.empty_table().select(columns)
+    for group in range(file.num_row_groups):
+        read = file.read_row_group(group, columns, use_threads=False)
+        table = pa.concat_tables([rest, read]) if rest.num_rows else read
+        cut = key_runs(table[KEY])[1][-2] if table.num_rows and group + 1 < file.num_row_groups else table.num_rows
+        rest = table.slice(cut)
+        yield table.slice(0, cut)
+
+
+def view_by_key(folder: Path, view: str, since: int, columns: list[str]) -> Iterator[pa.Table]:
+    """What `read_view` gives, in tables of whole keys: one after the other where a single part holds it."""
+    files = _needed(folder, view, since)
+    if len(files) == 1:
+        yield from by_key(files[0], columns)
+    else:
+        yield read_view(folder, view, since, columns)
+
+
+def _needed(folder: Path, view: str, since: int) -> list[Path]:
+    """The parts of a view that hold what is right for t ≥ since."""
+    files = sorted((folder / "views" / view).glob("*.parquet"))
+    return files[max(sum(int(path.stem) <= since for path in files) - 1, 0) :]
+
+
 def read_view(folder: Path, view: str, since: int = MISSING, columns: list[str] | None = None) -> pa.Table:
     """What a stored view holds for t ≥ since, or some columns of it: by key and time, or by chain and order of the plans."""
-    files = sorted((folder / "views" / view).glob("*.parquet"))
-    begins = [int(path.stem) for path in files]
     tables: list[pa.Table] = []
-    for path, begin in list(zip(files, begins, strict=True))[max(sum(b <= since for b in begins) - 1, 0) :]:
+    for path in _needed(folder, view, since):
         table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
         if tables and "_live_to" not in table.column_names:
-            table = table.filter(pa.array(int_times(table[TIME]) >= begin))  # what it begins with is known
+            table = table.filter(pa.array(int_times(table[TIME]) >= int(path.stem)))  # what it begins with is known
         tables.append(table)
     if len(tables) == 1:
         return tables[0]

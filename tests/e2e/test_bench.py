@@ -84,6 +84,14 @@ def test_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_keys(tmp_path: Path) -> None:
+    figures = run("keys", tmp_path)["figures"]
+    assert figures["keys"] == 100_000 and figures["store_mb"] > 0 and figures["read_ms"] > 0
+    assert set(figures["peak_mb"]) == set(figures["seconds"]) == {"ingest", "features", "feed", "read"}
+    assert max(figures["peak_mb"].values()) < 500
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_contract(tmp_path: Path) -> None:
     figures = run("contract", tmp_path)["figures"]
