@@ -32,7 +32,8 @@ from features.contract import check_contract
 from features.history import _int, judge_new
 from features.ingest import ingest, quarantined, read_table
 from features.keys import KNOWN
-from features.landed import _example, read_landed
+from features.landed import read_landed
+from features.tfrecord import example
 from pipelines.clock import DAY_US
 from pipelines.flights import _csv, write_sample
 from pipelines.home import Home, open_home
@@ -199,11 +200,11 @@ def forms(table: pa.Table) -> dict[str, int]:
 
 def _frame(row: dict[str, Any]) -> bytes:
     """A row as a TFRecord."""
-    example = _example()()
+    record = example()()
     for name, value in row.items():
         if value is None:
             continue
-        feature = example.features.feature.add(key=name).value
+        feature = record.features.feature.add(key=name).value
         if isinstance(value, str):
             feature.bytes_list.value.append(value.encode())
         elif isinstance(value, float):
@@ -215,7 +216,7 @@ def _frame(row: dict[str, Any]) -> bytes:
         crc = google_crc32c.value(part)
         return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
-    data = example.SerializeToString()
+    data = record.SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + masked(length) + data + masked(data)
 

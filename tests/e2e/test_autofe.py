@@ -1,6 +1,8 @@
 """`features: auto` from landed files to a served model: what was chosen is what is pinned, packed, reported and repeated."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ from deploy.rollout import bento_spec, champion
 from features.frame import feature_list
 from models.choose import KEPT
 from pipelines.home import open_home
-from pipelines.manifest import read_json
+from pipelines.manifest import ROOT, read_json
 from pipelines.run import spec_from
 from pipelines.spec import Spec
-from tests.command import QUICK, millrace
+from tests.command import QUICK, command, environment, millrace
+from tests.e2e.test_kills import _kill_tree
 
 AUTO = (*QUICK, "features=auto")
 
@@ -46,3 +49,23 @@ def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(tmp
 
     again = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
     assert again.answer["outcome"] == "unchanged" and again.answer["result_digest"] == first.answer["result_digest"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_chooses_goes_on_and_ends_with_the_same_digest(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        millrace(tmp_path / name, "sample", "tumours")
+    whole = millrace(tmp_path / "whole", "run", "tumours", "--json", sets=AUTO)
+    home = tmp_path / "killed"
+    process = subprocess.Popen(command("run", "tumours", sets=AUTO), env=environment(home), cwd=ROOT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(home.glob("artifacts/autofe/.*.partial/.autofe-*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    _kill_tree(process)
+    left = [path.name for path in home.glob("artifacts/autofe/*") if not path.name.startswith(".")]
+    assert left == [] and list(home.glob("runs/tumours/*/inputs.json")) and not list(home.glob("runs/tumours/*/manifest.json"))
+    again = millrace(home, "run", "tumours", "--json", sets=AUTO)
+    assert again.code == 0 and again.answer["outcome"] == "promoted", again.err
+    assert (again.answer["result_digest"], again.answer["run_id"]) == (whole.answer["result_digest"], whole.answer["run_id"])
+    assert not list(home.glob("artifacts/autofe/.*"))
