@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.cells import StoreDown
-from features.feed import _parts
 from features.ingest import cut, ingest, read_table
 from features.keys import key_runs
+from features.parts import by_key
 from features.steps import KEY
 from features.store import build_features, historical_features
 from pipelines.errors import MillraceError
@@ -195,7 +195,7 @@ def test_a_view_is_read_in_parts_of_whole_keys(seed: int, rows: int, tmp_path: P
     keys = np.sort(draw.integers(0, 9, draw.integers(0, 40)).astype(str))
     table = pa.table({KEY: pa.array(keys, pa.string()), "x": np.arange(len(keys))})
     pq.write_table(table, tmp_path / "v.parquet", row_group_size=rows)
-    parts = list(_parts(tmp_path / "v.parquet", [KEY, "x"]))
+    parts = list(by_key(tmp_path / "v.parquet", [KEY, "x"]))
     assert [x for part in parts for x in part["x"].to_pylist()] == list(range(len(keys)))
     found = [k for part in parts if part.num_rows for k in key_runs(part[KEY])[0].to_pylist()]
     assert found == sorted({*keys.tolist()})
