@@ -185,6 +185,7 @@ def test_the_order_of_parts_counts(small_repo: Path, monkeypatch: pytest.MonkeyP
     assert any(wrong_cells(seed, small_repo) for seed in range(30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["batches", "table"])
 def test_a_result_larger_than_the_limit_goes_through_files(how: str, tmp_path: Path) -> None:
     """3,000,000 rows × 24 features, every row twice: 650 MB under a limit of 192 MiB, the rows in their order."""
@@ -504,6 +505,7 @@ def writers(repo: Path, *told: tuple[int, int]) -> list[subprocess.Popen[str]]:
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["facts.parquet", "facts"])
 def test_of_two_writers_no_row_is_lost_also_when_one_is_killed(repo: Path, place: str) -> None:
     """The file holds 300,000 rows, so that a writer is killed while it writes them; every state of it can be read."""

@@ -28,6 +28,7 @@ def home(buses: Buses, tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
 
 
+@pytest.mark.slow
 def test_a_backfill_from_the_command_line(home: Home, tmp_path: Path) -> None:
     """Rows in one folder that pandas reads, and a Feast repository that gives the same values for them."""
     done = millrace(home.root, "backfill", str(tmp_path / "buses.yaml"), *RANGE, "--as-of", "2024-05-05T00:00Z", "--json",
