@@ -1,6 +1,6 @@
-"""`python -m bench.push`: events pushed to the admin port of a year of flights, 500 a second, until they are served.
+"""`python -m bench.push`: events pushed to the admin port of a year of flights, 600 a second, until they are served.
 
-Every tenth of a second fifty departures and arrivals are sent, whether or not those before were answered; halfway the admin
+Every tenth of a second sixty departures and arrivals are sent, whether or not those before were answered; halfway the admin
 process is killed with -9, started again, and what was not answered is sent again. An answer means that the events are served.
 
 Figures: `sent`, `events_per_s` (answered, without the time of the restart), `latency_p50_s`, `latency_p99_s`, `latency_max_s`
@@ -31,7 +31,7 @@ from features.facts import int_times
 from pipelines.clock import DAY_US, iso, wall_us
 from pipelines.home import process_env
 
-RATE, EVERY_S = 500, 0.1
+RATE, EVERY_S = 600, 0.1
 
 
 def events_of(world: World, count: int) -> list[dict[str, Any]]:
