@@ -29,6 +29,12 @@ class Versions:
     known_from: np.ndarray
     known_to: np.ndarray
 
+    def whole(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows belong to a fact that some of `rows` (a mask, or positions) belong to: all its versions (bool, N)."""
+        some = np.zeros(len(self.fact) + 1, bool)
+        some[self.fact[rows]] = True
+        return some[self.fact]
+
 
 def int_times(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """µs of a timestamp column, MISSING where null."""

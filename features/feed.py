@@ -21,7 +21,7 @@ from features.online import ROWS, Layout, layout_digest, layouts, pack
 from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME
-from features.views import RECENT
+from features.views import RECENT, others_of
 from features.windows import build_views
 from pipelines.clock import Anchor
 from pipelines.spec import Latest, Open, Spec, Window
@@ -129,7 +129,7 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     """The cells, right from `anchor` (µs) on, that the facts `new` (source → rows) change; `tables` hold them too."""
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
-        source, others, joined = view.shape.source, _others(view.shape), spec.sources[view.shape.source].key
+        source, others, joined = view.shape.source, others_of(view.shape), spec.sources[view.shape.source].key
         touched = _touched(every, new, source, others, joined)
         keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
         if not len(keys):
@@ -163,10 +163,8 @@ def _facts_of(
     every: Facts, source: str, key: Sequence[str], touched: pa.Table, others: Sequence[str], joined: Sequence[str]
 ) -> Tables:  # fmt: skip
     """All facts that ever had the key of one that is touched, with all their versions, and of `others` what joins them."""
-    table, fact = every.tables[source], every.versions(source).fact
-    whole = np.zeros(len(fact) + 1, bool)
-    whole[fact[rows_among(table, key, touched)]] = True
-    some = table.filter(pa.array(whole[fact]))
+    table = every.tables[source]
+    some = table.filter(pa.array(every.versions(source).whole(rows_among(table, key, touched))))
     joint = {name: every.tables[name].take(pa.array(rows_among(every.tables[name], joined, some))) for name in others}
     return {**joint, source: some}
 
@@ -199,18 +197,11 @@ def recent(spec: Spec, tables: Tables, since: int) -> Tables:
             kept[other][rows_among(tables[other], key, tables[source].filter(pa.array(kept[source])))] = True
     found = {}
     for name, table in tables.items():
-        fact = every.versions(name).fact
-        whole = np.zeros(len(fact) + 1, bool)
-        whole[fact[kept[name]]] = True
-        found[name] = table.filter(pa.array(whole[fact])).combine_chunks()
+        found[name] = table.filter(pa.array(every.versions(name).whole(kept[name]))).combine_chunks()
     return found
 
 
 def _completed(spec: Spec) -> Iterator[tuple[str, Sequence[str]]]:
     """Plans, and the sources with their key that close or complete them, by view."""
     for view in spec.features.views.values():
-        yield view.shape.source, _others(view.shape)
-
-
-def _others(shape: Window | Latest | Open | Chain) -> tuple[str, ...]:
-    return shape.closed_by if isinstance(shape, Open) else tuple(shape.facts) if isinstance(shape, Chain) else ()
+        yield view.shape.source, others_of(view.shape)

@@ -8,7 +8,7 @@ Times are int64 µs UTC. Shapes: N facts known, K keys.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from features.facts import Facts, int_times
 from features.keys import KNOWN, key_runs, one_chunk
 from features.steps import KEY, TIME
-from features.views import RECENT, Stored, stored_of
+from features.views import RECENT, Stored, others_of, stored_of
 from features.windows import build_views, stamps
 from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.spec import Latest, Open, Spec, View, Window
@@ -39,12 +39,12 @@ class Base:
 
     def has(self, view: View, files: Sequence[str], end: int) -> bool:
         """Whether these parts of a view, which end at `end`, are as they would be made now."""
-        known = min((self.fresh[source] for source in _sources(view.shape)), default=NEVER)
+        known = min(self.fresh[source] for source in (view.shape.source, *others_of(view.shape)))
         return end <= known and self.files.issuperset(files)
 
 
-def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | None) -> int:
-    """Writes the parts of a view of the spec that are needed for t ≥ since into a feature folder; the number of rows.
+def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | None) -> dict[str, int]:
+    """Writes the parts of a view of the spec that are needed for t ≥ since into a feature folder; the rows by stored view.
 
     Those that `base` has are linked to.
     """
@@ -66,7 +66,7 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
     for s, table in build_views(facts, name, left[0] if left[0] == MISSING else left[0] - 1, carried):
         for begin, part in zip(left, cut(s, table, left, carried), strict=True):
             write_part(part, folder / part_file(s.name, begin))
-    return sum(pq.read_metadata(folder / part_file(s.name, begin)).num_rows for s in stored for begin in begins)
+    return {s.name: sum(pq.read_metadata(folder / part_file(s.name, b)).num_rows for b in begins) for s in stored}
 
 
 def edges(facts: Facts, name: str) -> list[int]:
@@ -146,11 +146,6 @@ def _compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
     place = np.zeros(len(array.dictionary), np.int32)
     place[used] = np.arange(len(used))
     return pa.DictionaryArray.from_arrays(pa.array(place[codes]), array.dictionary.take(pa.array(used)))
-
-
-def _sources(shape: Window | Open | Latest | Chain) -> Iterable[str]:
-    more = shape.closed_by if isinstance(shape, Open) else shape.facts if isinstance(shape, Chain) else ()
-    return (shape.source, *more)
 
 
 # Files

@@ -9,6 +9,7 @@ import numpy as np
 from features.facts import Columns
 from pipelines.clock import DAY_US, MISSING, duration_text
 from pipelines.spec import Latest, Open, Source, Spec, View, Window
+from pipelines.spec import Sequence as Chain
 
 RECENT = 7 * DAY_US  # how far back the served store still knows a row, and what came before it
 EWM = ("weight", "weighted", "weight_before", "weighted_before")  # sums anchored at the bucket of t, and at the one before
@@ -30,6 +31,11 @@ class Stored:
     def source_column(self, name: str) -> str:
         """The column of the source whose values are kept as `name`."""
         return next((c for c in self.key if held(c, self.key) == name), name)
+
+
+def others_of(shape: Window | Open | Latest | Chain) -> tuple[str, ...]:
+    """The sources that a view takes facts from beside its own: those that close its plans, or complete them."""
+    return shape.closed_by if isinstance(shape, Open) else tuple(shape.facts) if isinstance(shape, Chain) else ()
 
 
 def held(column: str, key: Sequence[str]) -> str:

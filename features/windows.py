@@ -179,8 +179,10 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
     begin, end = edges(group.over, length, ahead=ahead)
     enter = np.maximum(np.maximum(group.known_from, begin), since)
     leave = np.minimum(group.known_to, end)
-    (came, stays, values), *moves = _span(enter, leave, of.sums)
-    moves = [(came, stays, values | {"_entered": of.sums["_count"]}), *moves]
+    moves = _span(enter, leave, of.sums)
+    if of.ranked:
+        came, stays, values = moves[0]
+        moves[0] = (came, stays, values | {"_entered": of.sums["_count"]})
     if shape.ewm is not None:
         moves += ewm_moves(shape.ewm, of, enter, leave, length)
     steps = accumulate(group.keys, group.code, moves)
@@ -191,8 +193,8 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
     at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
     for name, pairs in of.distinct.items():
         steps.columns[f"_{name}_nunique"] = distinct(pairs, group, enter, leave, at, steps.t)
-    entered, live = steps.columns.pop("_entered"), steps.columns["_count"]
     if of.ranked:
+        entered, live = steps.columns.pop("_entered"), steps.columns["_count"]
         ranks = [ranked.rank for ranked in of.ranked]
         first = first_live(group.code, enter, leave, ranks, at, steps.t, entered, live, len(group.keys))
         for ranked, found in zip(of.ranked, first, strict=True):
@@ -349,9 +351,7 @@ def sequence_table(facts: Facts, shape: Chain, since: int, carried: int | None) 
 
 def _near(facts: Versions, names: pa.Array, rows: np.ndarray) -> tuple[Versions, pa.Array]:
     """All versions of the facts of which some row is among `rows` (bool, N), and their names."""
-    some = np.zeros(len(facts.fact) + 1, bool)
-    some[facts.fact[rows]] = True
-    at = np.flatnonzero(some[facts.fact])
+    at = np.flatnonzero(facts.whole(rows))
     kept = pa.array(at)
     fact = np.cumsum(np.diff(facts.fact[at], prepend=-1) != 0) - 1
     return Versions(facts.table.take(kept), fact, facts.known_from[at], facts.known_to[at]), names.take(kept)
@@ -361,7 +361,7 @@ def build_views(
     facts: Facts, name: str, since: int = MISSING, carried: int | None = None, *, only: pa.Array | None = None
 ) -> Iterator[tuple[Stored, pa.Table]]:  # fmt: skip
     """The stored tables of a view of the spec, right for every t ≥ since; of a chain without plans due `carried` before that.
-    Of all keys, or of some.
+    Of all keys, or of `only` these; a chain always of all.
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
     `sequence_table` gives it.
