@@ -50,7 +50,7 @@ from features.facts import int_times
 from features.keys import codes_of, filled, key_runs, one_chunk, text_keys
 from features.known import Codes, NewestKnown, instants, newest_known, rows_seen, seen_at, sort_facts, times, unit_of
 from features.steps import KEY, TIME, previous
-from pipelines.clock import MISSING, NEVER, wall_us
+from pipelines.clock import MISSING, wall_us
 from pipelines.errors import MillraceError, nearest
 
 BATCH = 1_000_000  # entity rows that are joined at a time where the result is streamed
@@ -566,12 +566,10 @@ def _of_part(view: FeatureView, table: pa.Table) -> Callable[..., np.ndarray]:
     if view.tags["millrace.kind"] != "sequence":
         return lambda names, code, t, own: seen_at(start, begin, np.append(codes_of(names, keys), -1)[code], t)
     order, live_to = (table[c].to_numpy() for c in ("_order", "_live_to"))
-    within, recent = int(view.tags["millrace.within"]), int(view.tags.get("millrace.recent", NEVER))
+    within = int(view.tags["millrace.within"])
 
     def find(names: pa.Array, code: np.ndarray, t: np.ndarray, own: np.ndarray) -> np.ndarray:
-        codes = np.append(codes_of(names, keys), -1)[code]
-        found = previous(start, order, begin, live_to, codes, t, own, within)
-        return np.where(t - own <= recent, found, -1)  # what came before an older row is not kept
+        return previous(start, order, begin, live_to, np.append(codes_of(names, keys), -1)[code], t, own, within)
 
     return find
 

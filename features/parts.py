@@ -1,8 +1,9 @@
 """Stored views in parts, so that a new day costs what a day costs.
 
 A part is right for begin ≤ t < end; the last one has no end. It is a function of the facts known before its end alone: facts
-that become known later leave its file as it is, and the next snapshot takes it over. It begins with what holds then: of each
-key the step that counts one µs before, of a chain the plans that may still be asked for. `views/NAME/BEGIN.parquet` is one.
+that become known later leave its file as it is, and the next snapshot takes it over. It begins with what holds then:
+of each key the step that counts one µs before. `views/NAME/BEGIN.parquet` is one. Windows and backlogs are cut into parts; a
+view of latest values, or of chains, can be asked for facts of any age: it is one part.
 
 Times are int64 µs UTC. Shapes: N facts known, K keys.
 """
@@ -14,17 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.facts import Facts, int_times
-from features.keys import KNOWN, key_runs, one_chunk
+from features.keys import KNOWN, grouped, key_runs, one_chunk
 from features.steps import KEY, TIME
-from features.views import RECENT, Stored, others_of, stored_of
+from features.views import Stored, longest, others_of, stored_of
 from features.windows import build_views, stamps
 from pipelines.clock import DAY_US, MISSING, NEVER
-from pipelines.spec import Latest, Open, Spec, View, Window
-from pipelines.spec import Sequence as Chain
+from pipelines.spec import Open, View, Window
 
 FACTS = 25_000  # a part has at least so many facts of its source, or a fiftieth of those before it
 
@@ -50,7 +49,7 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
     """
     view = facts.spec.features.views[name]
     stored = stored_of(facts.spec, name, view)
-    begins, carried = edges(facts, name), carry(facts.spec, view.shape)
+    begins = edges(facts, name)
     begins = begins[max(sum(begin <= since for begin in begins) - 1, 0) :]
     spans = list(zip(begins, [*begins[1:], NEVER], strict=True))
     done = 0
@@ -63,8 +62,8 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
             _link(base.folder / file, folder / file)
         done += 1
     left = begins[done:]
-    for s, table in build_views(facts, name, left[0] if left[0] == MISSING else left[0] - 1, carried):
-        for begin, part in zip(left, cut(s, table, left, carried), strict=True):
+    for s, table in build_views(facts, name, left[0] if left[0] == MISSING else left[0] - 1):
+        for begin, part in zip(left, cut(s, table, left), strict=True):
             write_part(part, folder / part_file(s.name, begin))
     return {s.name: sum(pq.read_metadata(folder / part_file(s.name, b)).num_rows for b in begins) for s in stored}
 
@@ -72,17 +71,16 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
 def edges(facts: Facts, name: str) -> list[int]:
     """When the parts of a view begin: the first at MISSING, others at a midnight. More facts later do not move them.
 
-    What a part begins with is the reason why it is no shorter than facts matter. A view of the latest values is one part.
+    What a part begins with is the reason why it is no shorter than facts matter.
     """
-    shape = facts.spec.features.views[name].shape
-    carried, found = carry(facts.spec, shape), [MISSING]
+    shape, found = facts.spec.features.views[name].shape, [MISSING]
     known = np.sort(int_times(facts.tables[shape.source][KNOWN]))
     known = known[known > 0]
-    if carried is None or not len(known):
+    if not isinstance(shape, Window | Open) or not len(known):
         return found
     at, last = 0, int(known[0])
     while (at := at + max(FACTS, at // 50)) < len(known):
-        edge = max(int(known[at]), last + carried)
+        edge = max(int(known[at]), last + longest(shape))
         edge += DAY_US - edge % DAY_US
         at = int(np.searchsorted(known, edge))
         if at < len(known):
@@ -91,44 +89,25 @@ def edges(facts: Facts, name: str) -> list[int]:
     return found
 
 
-def carry(spec: Spec, shape: Window | Open | Latest | Chain) -> int | None:
-    """How long before t a fact may lie that a view gives for t; none where that is not bounded."""
-    if isinstance(shape, Window):
-        return max((*shape.last, *shape.next))
-    if isinstance(shape, Open):
-        return max(shape.last)
-    if isinstance(shape, Chain) and spec.predict_at and spec.predict_at.column == shape.order and spec.predict_at.lead >= 0:
-        return shape.within + RECENT  # rows that are older are not served
-    return None
-
-
-def cut(stored: Stored, table: pa.Table, begins: Sequence[int], carried: int | None) -> Iterator[pa.Table]:
-    """The parts of a stored view, in turn, from steps or states of a chain that are right from the first of `begins` − 1 on."""
+def cut(stored: Stored, table: pa.Table, begins: Sequence[int]) -> Iterator[pa.Table]:
+    """The parts of a stored view, in turn, from steps that are right from the first of `begins` − 1 on."""
     if len(begins) == 1 and begins[0] == MISSING:
         yield table
         return
     t = int_times(table[TIME])
     first = np.maximum(np.searchsorted(begins, t, side="right") - 1, 0)
-    if stored.kind == "sequence":  # a state is in every part that it reaches into while its plan may be asked for
-        assert carried is not None
-        live_to = table["_live_to"].to_numpy()
-        asked_for = np.searchsorted(begins, table["_order"].to_numpy() + carried, side="right")
-        last = np.minimum(np.searchsorted(begins, live_to), asked_for) - 1
-    else:  # a step with facts that count is in every part until its key's next step
-        following = np.append(first[1:], 0)[: len(first)]
-        following[key_runs(table[KEY])[1][1:] - 1] = len(begins) - 1
-        last = np.where(table[stored.integers[0]].to_numpy() > 0, following, first)
-    copies = np.maximum(last - first + 1, 0)
+    following = np.append(first[1:], 0)[: len(first)]
+    following[key_runs(table[KEY])[1][1:] - 1] = len(begins) - 1
+    # a step with facts that count is in every part until its key's next step
+    last = np.where(table[stored.integers[0]].to_numpy() > 0, following, first)
+    copies = last - first + 1
     row = np.repeat(np.arange(len(t)), copies)
     part = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
     order = np.argsort(part.astype(np.uint16), kind="stable")
     row, part = row[order], part[order]
-    floor = np.maximum(begins, MISSING + 1) - (stored.kind != "sequence")
+    floor = np.maximum(begins, MISSING + 1) - 1
     table = table.take(pa.array(row)).combine_chunks()
     table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(np.maximum(t[row], floor[part])))
-    if stored.kind == "sequence":
-        ends = np.minimum(live_to[row], np.array([*begins[1:], NEVER])[part])
-        table = table.set_column(table.schema.get_field_index("_live_to"), "_live_to", pa.array(ends))
     at = np.searchsorted(part, np.arange(len(begins) + 1))
     for i, size in enumerate(np.diff(at)):
         some = table.slice(at[i], size)
@@ -200,17 +179,15 @@ def _needed(folder: Path, view: str, since: int) -> list[Path]:
 
 
 def read_view(folder: Path, view: str, since: int = MISSING, columns: list[str] | None = None) -> pa.Table:
-    """What a stored view holds for t ≥ since, or some columns of it: by key and time, or by chain and order of the plans."""
+    """What a stored view holds for t ≥ since, or some columns of it: by key and time."""
     tables: list[pa.Table] = []
     for path in _needed(folder, view, since):
         table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
-        if tables and "_live_to" not in table.column_names:
+        if tables:
             table = table.filter(pa.array(int_times(table[TIME]) >= int(path.stem)))  # what it begins with is known
         tables.append(table)
     if len(tables) == 1:
         return tables[0]
     table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-    by = [(KEY, "ascending")] + [("_order", "ascending")] * ("_order" in table.column_names)
-    plain = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].cast(pa.string()))
-    order = pc.sort_indices(plain.append_column("_place", pa.array(np.arange(len(plain)))), [*by, ("_place", "ascending")])
-    return table.take(order)
+    _, codes = grouped(one_chunk(table[KEY]).cast(pa.string()))
+    return table.take(pa.array(np.argsort(codes, kind="stable")))

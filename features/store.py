@@ -23,10 +23,10 @@ from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, facts_since, grew_from, newest, read_snapshot, read_table
 from features.keys import KNOWN, filled, one_chunk
 from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
-from features.parts import Base, carry, write_parts
+from features.parts import Base, write_parts
 from features.rows import online_rows
 from features.steps import TIME
-from features.views import RECENT, absent, stored_views
+from features.views import absent, stored_views
 from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.home import Home
@@ -194,7 +194,6 @@ def apply_feast(spec: Spec, folder: Path, store_place: str, base: Base | None = 
                 LAYOUT_TAG: json.dumps(asdict(packing[stored.name]))}  # fmt: skip
         if isinstance(shape, Sequence):
             tags |= {"millrace.order": shape.order, "millrace.within": str(shape.within)}
-            tags |= {"millrace.recent": str(RECENT)} if carry(spec, shape) is not None else {}
         fields = [Field(name=c, dtype=types[source.columns[c].type]) for c in stored.key]
         fields += [Field(name=c, dtype=feast.Int64) for c in stored.integers]
         fields += [Field(name=c, dtype=types[kind]) for c, kind in stored.values]

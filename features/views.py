@@ -38,6 +38,11 @@ def others_of(shape: Window | Open | Latest | Chain) -> tuple[str, ...]:
     return shape.closed_by if isinstance(shape, Open) else tuple(shape.facts) if isinstance(shape, Chain) else ()
 
 
+def longest(shape: Window | Open) -> int:
+    """The length of the longest window of a view, µs."""
+    return max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
+
+
 def held(column: str, key: Sequence[str]) -> str:
     """Name under which a view keeps a value: the name of a key column is taken by the key."""
     return f"_{column}" if column in key else column

@@ -26,7 +26,7 @@ from features.facts import Columns, Facts, Versions, floats, holds, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
-from features.views import EWM, Stored, held, resolution, stored_of
+from features.views import EWM, Stored, held, longest, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Ewm, Latest, Source, Window
@@ -309,17 +309,14 @@ def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, 
             np.concatenate([row, none]), np.concatenate([seen, seen[ends]]))  # fmt: skip
 
 
-def sequence_table(facts: Facts, shape: Chain, since: int, carried: int | None) -> pa.Table:
+def sequence_table(facts: Facts, shape: Chain, since: int) -> pa.Table:
     """The plans of each chain with what was known of them: one row per plan and state, live for [live_from, live_to).
 
     Sorted by chain key, `order`, and which of equal ones counts (known last, then greatest fact key).
     """
     plans, plan_key = facts.versions(shape.source), facts.spec.sources[shape.source].key
-    names = facts.names(shape.source, plan_key)
-    if carried is not None and since != MISSING:
-        plans, names = _near(plans, names, int_times(plans.table[shape.order]) >= since - carried)
     others = {name: facts.versions(name) for name in shape.facts}
-    keys = names.take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
+    keys = facts.names(shape.source, plan_key).take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
     codes = {name: codes_of(facts.names(name, plan_key), keys) for name in shape.facts}
     code = np.concatenate([plans.fact, *codes.values()])
     t = np.concatenate([plans.known_from, *(v.known_from for v in others.values())])
@@ -349,19 +346,10 @@ def sequence_table(facts: Facts, shape: Chain, since: int, carried: int | None) 
     return pa.table({KEY: repeated(chains, chain), **columns, "_order": due, "_live_to": until, TIME: stamps(t)})
 
 
-def _near(facts: Versions, names: pa.Array, rows: np.ndarray) -> tuple[Versions, pa.Array]:
-    """All versions of the facts of which some row is among `rows` (bool, N), and their names."""
-    at = np.flatnonzero(facts.whole(rows))
-    kept = pa.array(at)
-    fact = np.cumsum(np.diff(facts.fact[at], prepend=-1) != 0) - 1
-    return Versions(facts.table.take(kept), fact, facts.known_from[at], facts.known_to[at]), names.take(kept)
-
-
 def build_views(
-    facts: Facts, name: str, since: int = MISSING, carried: int | None = None, *, only: pa.Array | None = None
+    facts: Facts, name: str, since: int = MISSING, *, only: pa.Array | None = None
 ) -> Iterator[tuple[Stored, pa.Table]]:  # fmt: skip
-    """The stored tables of a view of the spec, right for every t ≥ since; of a chain without plans due `carried` before that.
-    Of all keys, or of `only` these; a chain always of all.
+    """The stored tables of a view of the spec, right for every t ≥ since; of all keys, or of `only` these (a chain of all).
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
     `sequence_table` gives it.
@@ -369,7 +357,7 @@ def build_views(
     view = facts.spec.features.views[name]
     shape, views = view.shape, stored_of(facts.spec, name, view)
     if isinstance(shape, Chain):
-        yield views[0], sequence_table(facts, shape, since, carried)
+        yield views[0], sequence_table(facts, shape, since)
         return
     source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
     if isinstance(shape, Latest):
@@ -380,8 +368,7 @@ def build_views(
             yield stored, step_table(stored, moved, v.table, first)
         return
     over = facts.times(shape.source, shape.over or str(source.event_time))
-    longest = max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
-    group = group_versions(v, shape.key, over, over + longest, since, only)
+    group = group_versions(v, shape.key, over, over + longest(shape), since, only)
     if isinstance(shape, Window):
         of = window_facts(source, shape, v, group)
         for stored in views:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from features import facts, feed, frame, online, parts, rows, store, windows
+from features import facts, feed, frame, online, parts, rows, windows
 from features.facts import Versions
 from features.store import build_features, historical_features
 from features.windows import Part
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def old_rows_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The served store forgets rows by age; the random tables span hours to months, and few facts make a part of a view."""
-    for module in (rows, feed, online, parts, store):
+    for module in (rows, feed, online):
         monkeypatch.setattr(module, "RECENT", 2**60)
     monkeypatch.setattr(parts, "FACTS", 3)
     monkeypatch.setattr(parts, "DAY_US", 1)

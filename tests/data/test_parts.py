@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features import parts, store
+from features import parts
 from features.facts import Facts, int_times
 from features.ingest import cut, ingest
 from features.keys import KNOWN
@@ -30,8 +30,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few facts make a part, and the random tables span hours to months."""
     monkeypatch.setattr(parts, "FACTS", 3)
     monkeypatch.setattr(parts, "DAY_US", 1)
-    for module in (parts, store):
-        monkeypatch.setattr(module, "RECENT", 2**60)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -88,10 +86,9 @@ def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
         for name in world.spec.features.views:
             several += len(edges(facts, name)) > 1
             for stored, table in build_views(facts, name):
-                if stored.kind != "sequence":  # whose states are cut where a part ends
-                    whole = table.set_column(0, KEY, table[KEY].cast(pa.string())).select([KEY, TIME, *stored.integers])
-                    read = read_view(tmp_path / str(seed) / "f", stored.name)
-                    assert read.set_column(0, KEY, read[KEY].cast(pa.string())).select(whole.column_names).equals(whole), seed
+                whole = table.set_column(0, KEY, table[KEY].cast(pa.string())).select([KEY, TIME, *stored.integers])
+                read = read_view(tmp_path / str(seed) / "f", stored.name)
+                assert read.set_column(0, KEY, read[KEY].cast(pa.string())).select(whole.column_names).equals(whole), seed
     assert several > 10
 
 

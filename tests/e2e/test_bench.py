@@ -63,8 +63,9 @@ def test_pit_join(tmp_path: Path) -> None:
 def test_online(tmp_path: Path) -> None:
     figures = run("online", tmp_path)["figures"]
     assert figures["equal_cells"] == figures["cells"] > 1_000
-    assert figures["materialize_speedup"] > 1 and 0 < figures["read_cpu_ratio_vs_sdk"] < 1
-    assert set(figures["read_p99_ms"]) == {"sqlite", "redis", "postgres"}
+    assert figures["materialize_speedup"] > 1
+    assert all(0 < ratio < 1 for ratio in figures["read_cpu_ratio_vs_sdk"].values())
+    assert set(figures["read_p99_ms"]) == set(figures["read_cpu_ratio_vs_sdk"]) == {"sqlite", "redis", "postgres"}
 
 
 @pytest.mark.slow
@@ -116,5 +117,5 @@ def test_autofe(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_push(tmp_path: Path) -> None:
     figures = run("push", tmp_path)["figures"]
-    assert figures["sent"] == 2_000 and figures["counted_once"]
+    assert figures["sent"] == 2_400 and figures["counted_once"]
     assert 0 < figures["latency_p50_s"] <= figures["latency_p99_s"] <= figures["latency_max_s"] and figures["events_per_s"] > 0
