@@ -30,13 +30,20 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if self.position >= self.shape.steps:  # Lightning leaves the last epoch after its last item
             self.epoch, self.position = self.epoch + 1, 0
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.data.label), generator=generator)
+        order = self._order()
         while self.position < self.shape.steps:
             begin = self.position * self.shape.batch
             self.position += 1
-            rows = order[begin : begin + self.shape.batch][self.rank :: self.world]
-            yield self.data.scaled[rows], self.data.codes[rows], self.data.label[rows]
+            yield self.data.take(order[begin : begin + self.shape.batch][self.rank :: self.world])
+
+    def _order(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(len(self.data.label), generator=generator)
+
+    def last_rows(self) -> Tensor:
+        """Which rows the last global batch held, all ranks' together."""
+        begin = (self.position - 1) * self.shape.batch
+        return self._order()[begin : begin + self.shape.batch]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -52,6 +59,10 @@ class Resident:
     scaled: Tensor
     codes: Tensor
     label: Tensor
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of these rows."""
+        return self.scaled[rows], self.codes[rows], self.label[rows]
 
 
 def resident(arrays: Arrays, part: str, newest: int | None = None) -> Resident:

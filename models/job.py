@@ -1,29 +1,30 @@
 """What one training job is told and what it leaves: plain files in its folder, read without torch.
 
-`job.json` in · `progress.jsonl`, `heartbeat-R`, `rank-R.log`, `restarts.json`, `checkpoints/` while it runs ·
-`network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
+`job.json` in · `progress.jsonl`, `heartbeat-R`, `rank-R.log`, `restarts.json`, `notes.json`, `checkpoints/` while it
+runs · `timing.json`, `network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
 """
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from models.beat import Beat
 from pipelines.manifest import read_json, write_json
 from pipelines.spec import Network, Train
 
+NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after")  # fields of Train that change no weight
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on
 
 
 def share_done(folder: Path) -> float:
     """How far a running job has come, from 0 to 1: its first rank's heartbeat says step and number of steps."""
     try:
-        step, steps = (folder / "heartbeat-0").read_text().split()
-    except (OSError, ValueError):  # not begun, or just being written
+        return Beat(folder / "heartbeat-0").share
+    except (OSError, ValueError):  # not begun, or just being made
         return 0.0
-    return min(1.0, int(step) / max(1, int(steps)))
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,17 @@ class Job:
 
     def prepare(self, folder: Path) -> None:
         """Writes `job.json`; what another job left in the folder is removed, what this one left stays."""
-        if (folder / "job.json").is_file() and _same(read_json(folder / "job.json"), self.to_dict()):
+        if (folder / "job.json").is_file() and identity(read_json(folder / "job.json")) == identity(self.to_dict()):
             return
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "job.json", self.to_dict())
 
 
-def _same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether two jobs lead to the same result: where files lie and how often checkpoints are made does not count."""
-    ignored = ("arrays", "format_version", "accelerator")
-    pair = [{k: v for k, v in job.items() if k not in ignored} for job in (found, wanted)]
-    for job in pair:
-        job["train"] = {k: v for k, v in job["train"].items() if k not in ("checkpoint_every", "ranks", "max_restarts")}
-    return json.dumps(pair[0], sort_keys=True) == json.dumps(pair[1], sort_keys=True)
+def identity(job: dict[str, Any]) -> dict[str, Any]:
+    """What the result of a job depends on: where files lie, how it is restarted and kept does not count."""
+    body: dict[str, Any] = json.loads(json.dumps(job))
+    train = {k: v for k, v in body["train"].items() if k not in NOT_RESULT}
+    return {**{k: v for k, v in body.items() if k not in ("arrays", "format_version", "accelerator")}, "train": train}
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job came to. `best_epoch` is None when no epoch had a finite log loss. Holds nothing timed."""
+    """What a job came to. `best_epoch` is None when no epoch had a finite log loss. Holds nothing timed.
+
+    `stopped`: at which batch and why training was given up because of a loss that is not finite; empty if it was not.
+    """
 
     curve: tuple[Epoch, ...]
     best_epoch: int | None
     pruned: bool = False
     parameters: int = 0
+    stopped: str = ""
 
     @property
     def log_loss(self) -> float | None:
@@ -110,9 +113,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job went: its result, how many ranks ran it, why it was restarted, and seconds of wall time."""
+    """How a job went: its result, how many ranks ran it, why it was restarted, and seconds of wall time.
+
+    `notes`: what else happened that a person should know, such as a checkpoint that could not be written.
+    """
 
     result: Result
     ranks: int
-    restarts: tuple[str, ...] = field(default=())
+    restarts: tuple[str, ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()

@@ -15,15 +15,34 @@ from pipelines.spec import Train
 class TabularModule(pl.LightningModule):
     """Binary cross-entropy by AdamW, with a warm-up and a cosine that ends at `steps`."""
 
-    def __init__(self, net: TabularNet, train: Train, steps: int, seed: int) -> None:
+    def __init__(self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1) -> None:
+        """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same."""
         super().__init__()
-        self.net, self.hyper, self.steps, self.seed = net, train, steps, seed
+        self.net, self.hyper, self.steps, self.seed, self.split = net, train, steps, seed, split
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+        if self.split == 1:
+            return self._loss(batch)
+        parts = list(zip(*(column.chunk(self.split) for column in batch), strict=True))
+        shares = [len(part[2]) / len(batch[2]) for part in parts]
+        self.zero_grad()
+        before = 0.0
+        for part, share in zip(parts[:-1], shares[:-1], strict=True):
+            loss = self._loss(part) * share
+            loss.backward()  # within DDP's forward it only adds up; the last part is reduced
+            before += float(loss.detach())
+        last = self._loss(parts[-1]) * shares[-1]
+        return last + before
+
+    def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         scaled_BX, codes_BC, label_B = batch
         return binary_cross_entropy_with_logits(self.net(scaled_BX, codes_BC), label_B)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.split == 1:  # else Lightning would drop what the first parts have added
+            optimizer.zero_grad()
 
     def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
         optimizer = torch.optim.AdamW(

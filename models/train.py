@@ -2,10 +2,13 @@
 
 import json
 import logging
+import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,40 +21,53 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
 from models.arrays import Arrays, epoch_shape
+from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
+from models.checkpoints import CheckpointIO, Writer, newest, snapshot
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
 from models.export import export_onnx
-from models.job import Epoch, Job, Result
+from models.job import Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
-from pipelines.manifest import write_atomic
+from pipelines.errors import MillraceError
+from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 
-KEPT = 2  # checkpoints
-ASK_EVERY = 20  # steps between two looks at rank 0's watch, where there are several ranks
-HANG = timedelta(seconds=60)  # a collective that waits longer has lost a rank
+HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
+STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 
 
 def main(folder: Path) -> None:
-    """Trains until the last epoch, early stopping or pruning; rank 0 writes weights and, last, `result.json`."""
+    """Trains until the last epoch, early stopping or pruning; rank 0 writes weights and, last, `result.json`.
+
+    Raises MillraceError where another try would end in the same way.
+    """
     quiet()
     torch.set_num_threads(1)  # bits must not depend on the machine's number of cores
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    split = int(os.environ.get("MILLRACE_SPLIT", "1"))
     job = Job.load(folder)
     arrays = Arrays.load(Path(job.arrays))
     rows, valid = resident(arrays, "train", job.rows), resident(arrays, "valid_fit")
     shape = epoch_shape(len(rows.label), job.train.batch_size, world)
+    if split > shape.batch // world:
+        raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
     net = build_net(arrays.preprocess, job.network, job.seed)
-    module = TabularModule(net, job.train, shape.steps * job.max_epochs, job.seed)
-    keeper = Keeper(job, folder, valid, rank, world)
+    module = TabularModule(net, job.train, shape.steps * job.max_epochs, job.seed, split)
+    loader = Loader(rows, shape, job.seed, rank, world)
+    keeper = Keeper(job, folder, valid, loader)
     trainer = pl.Trainer(
         accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=_strategy(world, job.accelerator),
         max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
-        log_every_n_steps=10**6,
+        log_every_n_steps=10**6, plugins=[CheckpointIO()],
     )  # fmt: skip
-    trainer.fit(module, Loader(rows, shape, job.seed, rank, world), ckpt_path=newest(folder), weights_only=True)
+    _no_lightning_signals(trainer)
+    signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
+    trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=True)
+    keeper.beat(END)
     if rank == 0:
+        keeper.leave()
         _leave(job, folder, keeper, net, arrays)
 
 
@@ -67,70 +83,148 @@ def _strategy(world: int, accelerator: str) -> Any:
     return DDPStrategy(process_group_backend="nccl" if accelerator == "gpu" else "gloo", timeout=HANG)
 
 
-def newest(folder: Path) -> str | None:
-    """Path of the newest complete checkpoint."""
-    found = sorted((folder / "checkpoints").glob("step-*.ckpt"))
-    return str(found[-1]) if found else None
+def _no_lightning_signals(trainer: pl.Trainer) -> None:
+    """SIGTERM is the keeper's: Lightning's handler calls a collective, and asks all ranks about it at every step."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def origin(job: Job) -> dict[str, Any]:
+    """What a checkpoint must share with who reads it."""
+    return {"job": identity(job.to_dict()), "code": code_digest("models"),
+            "libraries": library_versions("torch", "pytorch-lightning", "numpy")}  # fmt: skip
 
 
 class Keeper(pl.Callback):
-    """Judges each epoch on valid_fit, keeps the best weights, writes checkpoints and the rank's heartbeat.
+    """Judges each epoch on valid_fit, keeps the best weights, writes checkpoints, and beats for its rank.
 
-    Every rank judges by itself: equal weights give equal figures, so all stop at the same epoch.
+    Every rank judges by itself: equal weights give equal figures, so all stop at the same epoch. Rank 0 alone writes:
+    what it holds is what all hold, and the order of rows is no rank's own.
     """
 
-    def __init__(self, job: Job, folder: Path, valid: Resident, rank: int, world: int) -> None:
-        self.job, self.folder, self.valid, self.rank, self.world = job, folder, valid, rank, world
+    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader) -> None:
+        self.job, self.folder, self.valid, self.loader, self.rank = job, folder, valid, loader, loader.rank
         self.curve: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch: int | None = None
-        self.pruned = False
+        self.pruned = self.fresh_epoch = self.asked = False
         self.losses: list[float] = []
-        self.saved = self.beat = time.monotonic()
-        self.fresh_epoch = False
-        self.heart = folder / f"heartbeat-{rank}"
-        self.heart.touch()
+        self.skipped, self.stopped = 0, ""
+        self.last_finite: tuple[int, float] | None = None  # step and its loss on rank 0
+        self.bad_step = -1
+        self.notes: list[str] = []
+        self.saved = time.monotonic()
+        self.began, self.stall_s, self.checkpoints = 0.0, 0.0, 0
+        self.writer = Writer(folder, origin(job), self.say)
+        heart = folder / f"heartbeat-{self.rank}"
+        self.beat = Beat(heart) if heart.is_file() else Beat.make(heart)
+        self.beat(START)
+
+    def ask(self, *_: object) -> None:
+        """Handler of SIGTERM: after this step a checkpoint is written, and the rank ends."""
+        self.asked = True
+
+    def say(self, line: str) -> None:
+        """A line for the run's record; where the disk is full it waits."""
+        self.notes.append(line)
+        with suppress(OSError):
+            self._tell()
+
+    def _tell(self) -> None:
+        path = self.folder / "notes.json"
+        if self.rank == 0 and self.notes:
+            told = list(read_json(path)["notes"]) if path.is_file() else []
+            write_json(path, {"notes": [*told, *self.notes]})
+            self.notes = []
+
+    def resume(self) -> Path | None:
+        """The checkpoint to go on from. Those that are broken are set aside."""
+        path, broken, said = newest(self.folder, self.writer.about)
+        if self.rank == 0:
+            for file in broken:
+                file.replace(file.with_suffix(".corrupt"))
+            for line in said:
+                self.say(line)
+        return path
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": [asdict(e) for e in self.curve], "best": self.best, "best_epoch": self.best_epoch,
-                "losses": self.losses}  # fmt: skip
+                "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = [Epoch(**e) for e in state_dict["curve"]]
-        self.best, self.best_epoch, self.losses = (state_dict[k] for k in ("best", "best_epoch", "losses"))
+        self.best, self.best_epoch, self.losses, self.skipped, self.last_finite = (
+            state_dict[k] for k in ("best", "best_epoch", "losses", "skipped", "last_finite")
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.began = time.monotonic()
+        self.beat(step=trainer.global_step, steps=self.loader.shape.steps * self.job.max_epochs)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
+        weights = [p for p in module.parameters() if p.grad is not None]
+        if math.isfinite(float(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))):
+            return
+        assert isinstance(module, TabularModule)
+        step, self.bad_step = trainer.global_step + 1, trainer.global_step
+        where = f"step {step} (epoch {self.loader.epoch + 1}, batch {self.loader.position}): {self._bad_rows(module.net)}"
+        for p in weights:
+            p.grad = None  # the optimiser leaves these as they are
+        self.skipped += 1
+        if self.skipped <= self.job.train.skip_bad_batches:
+            self.say(f"loss not finite, batch left out at {where}")
+            return
+        last = f"step {self.last_finite[0]}, loss {self.last_finite[1]:.6g}" if self.last_finite else "none"
+        self.stopped = f"loss not finite at {where}; last finite: {last}"
+        trainer.should_stop = True
+
+    def _bad_rows(self, net: TabularNet) -> str:
+        rows = self.loader.last_rows()
+        scaled, codes, label = self.loader.data.take(rows)
+        bad = ~np.isfinite(logits(net, Resident(scaled, codes, label)))
+        found = sorted(rows[torch.from_numpy(bad)].tolist())
+        if not found:
+            return "no row by itself, the weights have run away"
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        return f"training rows {', '.join(map(str, found[:10]))}{more}"
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        self.losses.append(float(outputs["loss"]))
+        step = trainer.global_step
+        if self.bad_step != step - 1:
+            self.losses.append(float(outputs["loss"]))
+            self.last_finite = (step, self.losses[-1])
+        self.beat(STEPS, step)
+        # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
+        if self.rank == 0 and not trainer.is_last_batch and not self.stopped:
+            self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
         now = time.monotonic()
-        if now - self.beat > 0.5:
-            self.heart.write_text(f"{trainer.global_step} {trainer.estimated_stepping_batches}")
-            self.beat = now
-        if self._due(trainer, now):
-            self._save(trainer)
-            self.saved, self.fresh_epoch = time.monotonic(), False
-
-    def _due(self, trainer: pl.Trainer, now: float) -> bool:
-        if trainer.is_last_batch:  # a run resumed from here would not judge the epoch again: Lightning counts it done
-            return False
         due = self.fresh_epoch or now - self.saved >= self.job.train.checkpoint_every / 1e6
-        if self.world == 1 or self.fresh_epoch:
-            return due
-        return trainer.global_step % ASK_EVERY == 0 and bool(trainer.strategy.broadcast(due))
+        if not self.asked and (not due or self.writer.busy):
+            return
+        state = snapshot(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        self.writer.begin(trainer.global_step, state)
+        self.saved, self.fresh_epoch = time.monotonic(), False
+        self.stall_s, self.checkpoints = self.stall_s + self.saved - now, self.checkpoints + 1
+        if self.asked:
+            self.writer.wait()
+            os._exit(STOPPED)
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        path = self.folder / "checkpoints" / f"step-{trainer.global_step:09d}.ckpt"
-        scratch = path.with_name(f".{path.name}")
-        path.parent.mkdir(exist_ok=True)
-        trainer.save_checkpoint(scratch)
-        if self.rank == 0:
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
-            scratch.replace(path)
-            for old in sorted(path.parent.glob("step-*.ckpt"))[:-KEPT]:
-                old.unlink()
+    def leave(self) -> None:
+        """What rank 0 tells when training is over."""
+        self.writer.wait()
+        self._tell()
+        loop_s = time.monotonic() - self.began
+        write_json(self.folder / "timing.json", {
+            "loop_s": loop_s, "checkpoints": self.checkpoints, "stall_s": self.stall_s,
+        })  # fmt: skip
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TabularModule)
+        if self.stopped:
+            return
         epoch = self._judge(module.net)
         self.curve.append(epoch)
         better = self.best_epoch is None or (
@@ -141,7 +235,8 @@ class Keeper(pl.Callback):
             self.best = {k: v.detach().cpu().clone() for k, v in module.net.state_dict().items()}
         if self.rank == 0:
             lines = [json.dumps(asdict(e)) + "\n" for e in self.curve]
-            write_atomic(self.folder / "progress.jsonl", "".join(lines))
+            with suppress(OSError):  # a disk that is full; the curve is also in the checkpoint
+                write_atomic(self.folder / "progress.jsonl", "".join(lines))
         self.pruned = epoch.epoch < self.job.max_epochs and self._above(epoch)
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
@@ -153,37 +248,39 @@ class Keeper(pl.Callback):
         return epoch.log_loss is None or (limit is not None and epoch.log_loss > limit)
 
     def _judge(self, net: TabularNet) -> Epoch:
-        self.heart.touch()
-        logit = logits(net, self.valid)
+        logit = logits(net, self.valid, self.beat)
+        self.beat()
         label = self.valid.label.numpy().astype(np.float64)
-        loss, self.losses = float(np.mean(self.losses)), []
+        loss, self.losses = float(np.mean(self.losses)) if self.losses else float("nan"), []
+        mean = round(loss, 9) if math.isfinite(loss) else None
         if not np.isfinite(logit).all():
-            return Epoch(len(self.curve) + 1, None, None, None)
+            return Epoch(len(self.curve) + 1, mean, None, None)
         p = sigmoid(logit)
-        return Epoch(len(self.curve) + 1, round(loss, 9), log_loss(label, p), auc(label, p))
+        return Epoch(len(self.curve) + 1, mean, log_loss(label, p), auc(label, p))
 
 
-def logits(net: TabularNet, rows: Resident, chunk: int = 8_192) -> np.ndarray:
-    """Logits of rows without dropout, float64."""
+def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
+    """Logits of rows without dropout, float64; `beat` is told of every chunk."""
     was, device = net.training, next(net.parameters()).device
     net.eval()
+    parts = []
     with torch.no_grad():
-        parts = [
-            net(rows.scaled[i : i + chunk].to(device), rows.codes[i : i + chunk].to(device)).cpu()
-            for i in range(0, len(rows.label), chunk)
-        ]
+        for i in range(0, len(rows.label), chunk):
+            parts.append(net(rows.scaled[i : i + chunk].to(device), rows.codes[i : i + chunk].to(device)).cpu())
+            if beat is not None:
+                beat()
     net.train(was)
     return torch.cat(parts).numpy().astype(np.float64)
 
 
 def _leave(job: Job, folder: Path, keeper: Keeper, net: TabularNet, arrays: Arrays) -> None:
-    if job.export and keeper.best:
+    if job.export and keeper.best and not keeper.stopped:
         save_weights(keeper.best, folder / "network.safetensors")
         net = net.cpu()
         net.load_state_dict(load_file(folder / "network.safetensors"))
         export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
     parameters = sum(p.numel() for p in net.parameters())
-    Result(tuple(keeper.curve), keeper.best_epoch, keeper.pruned, parameters).save(folder)
+    Result(tuple(keeper.curve), keeper.best_epoch, keeper.pruned, parameters, keeper.stopped).save(folder)
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -455,6 +455,13 @@ class Train(Model):
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
     )
     max_restarts: int = Field(5, ge=0, description="how often dead ranks are restarted")
+    hang_after: Duration = Field(
+        10 * 1_000_000, gt=0, validate_default=True,
+        description="silence after which a rank counts as hung; grows to ten times the time of a step",
+    )  # fmt: skip
+    skip_bad_batches: int = Field(
+        0, ge=0, description="batches with a loss or gradient that is not finite to leave out before training stops"
+    )
 
 
 class Tune(Model):

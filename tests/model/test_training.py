@@ -128,9 +128,9 @@ def test_two_ranks_killed_end_in_the_same_weights(zygote: Zygote, arrays: Path, 
 
 def test_a_stopped_rank_is_found_by_its_silence(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     hit = strike(zygote, tmp_path / "hung", [5], signal.SIGSTOP)
-    result = run(zygote, tmp_path / "hung", job(arrays, every_us=1, epochs=2), stale_s=2.0)
+    result = run(zygote, tmp_path / "hung", job(arrays, every_us=1, epochs=2), hang_s=2.0)
     hit.join()
-    assert "made no progress for 2 s" in (tmp_path / "hung" / "restarts.json").read_text()
+    assert "rank 0 was stopped" in (tmp_path / "hung" / "restarts.json").read_text()
     assert len(result.curve) == 2
 
 
