@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -135,22 +136,33 @@ class Writer:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], alarm: Callable[[str], None]) -> None:
         self.folder, self.about, self.alarm = folder, about, alarm
+        self.given: SimpleQueue[tuple[int, Mapping[str, Any]]] = SimpleQueue()
+        self.idle = threading.Event()
+        self.idle.set()
         self.thread: threading.Thread | None = None
         self.failing = False
 
     @property
     def busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        return not self.idle.is_set()
 
     def begin(self, step: int, state: Mapping[str, Any]) -> None:
         """Writes a state that nobody changes; one that is being written is waited for."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
-        self.thread.start()
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self.thread.start()
+        self.idle.clear()
+        self.given.put((step, state))
 
     def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
+        """Returns when nothing is being written."""
+        self.idle.wait()
+
+    def _work(self) -> None:
+        while True:
+            self._write(*self.given.get())
+            self.idle.set()
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         path = self.folder / "checkpoints" / f"step-{step:09d}.ckpt"
@@ -159,7 +171,8 @@ class Writer:
             for old in sorted(path.parent.glob("step-*.ckpt"))[:-KEPT]:
                 old.unlink()
             self.failing = False
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             if not self.failing:  # one alarm until it works again
-                self.alarm(f"checkpoint at step {step} was not written ({error.strerror}); training goes on without it")
+                why = getattr(error, "strerror", None) or error
+                self.alarm(f"checkpoint at step {step} was not written ({why}); training goes on without it")
             self.failing = True

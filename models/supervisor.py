@@ -318,6 +318,13 @@ class _Desk:
             os._exit(0)
 
     def work(self) -> None:
+        """Until the parent is gone. What ranks need only in the end is imported once the first of them are at work."""
+        if select.select([0], [], [], 0)[0]:
+            self._hear()
+            self._turn()
+        import models.export
+
+        assert models.export is not None
         while not self.ended:
             watched = [0, *(m.fd for g in self.groups for m in g.members)]
             ready, _, _ = select.select(watched, [], [], POLL_S if self.groups else None)
@@ -385,11 +392,9 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the answers
     desk = _Desk(out)
     signal.signal(signal.SIGTERM, desk.end)
-    import models.train
-    from pipelines.manifest import code_digest, library_versions
+    from models.train import warm_up
 
-    code_digest("models"), library_versions("torch", "pytorch-lightning", "numpy")  # of what was imported: ranks inherit it
-    assert models.train is not None
+    warm_up()
     desk.work()
 
 

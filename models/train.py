@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import registry
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +29,6 @@ from models.calibrate import sigmoid
 from models.checkpoints import CheckpointIO, Writer, newest, snapshot
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
-from models.export import export_onnx
 from models.job import Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
@@ -34,6 +36,7 @@ from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 
 HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
+LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 
 
@@ -92,7 +95,47 @@ def _no_lightning_signals(trainer: pl.Trainer) -> None:
 def origin(job: Job) -> dict[str, Any]:
     """What a checkpoint must share with who reads it."""
     return {"job": identity(job.to_dict()), "code": code_digest("models"),
-            "libraries": library_versions("torch", "pytorch-lightning", "numpy")}  # fmt: skip
+            "libraries": library_versions(*LIBRARIES)}  # fmt: skip
+
+
+def warm_up() -> None:
+    """What every rank would compute anew, for those that are forked from here."""
+    found: Any = cache(entry_points)  # else every Trainer reads the files of all installed packages
+    found(group="pytorch_lightning.callbacks_factory")
+    registry.entry_points = found
+    code_digest("models")  # of the code that was imported, whatever is edited later
+    library_versions(*LIBRARIES)
+
+
+class Clock:
+    """Seconds of a training loop: what checkpoints cost it, at once and while they are written."""
+
+    def __init__(self) -> None:
+        self.began = self.last = 0.0
+        self.wrote = False
+        self.stall_s, self.checkpoints = 0.0, 0
+        self.steps = {False: [0, 0.0], True: [0, 0.0]}  # while a checkpoint is written: number and seconds
+
+    def start(self) -> None:
+        self.began = self.last = time.monotonic()
+
+    def step(self, *, writing: bool) -> None:
+        """A step has ended; the time since the last end is its."""
+        now = time.monotonic()
+        kind = self.steps[writing or self.wrote]
+        kind[0], kind[1] = kind[0] + 1, kind[1] + now - self.last
+        self.last, self.wrote = now, writing
+
+    def stalled(self, seconds: float) -> None:
+        """The loop has waited for a checkpoint."""
+        self.stall_s, self.checkpoints, self.last = self.stall_s + seconds, self.checkpoints + 1, time.monotonic()
+
+    def figures(self) -> dict[str, float]:
+        """For `timing.json`; `step_writing_s` is the mean time of a step during which a checkpoint was written."""
+        mean = {k: total / max(1, count) for k, (count, total) in self.steps.items()}
+        return {"loop_s": time.monotonic() - self.began, "steps": self.steps[False][0] + self.steps[True][0],
+                "checkpoints": self.checkpoints, "stall_s": self.stall_s, "step_quiet_s": mean[False],
+                "step_writing_s": mean[True]}  # fmt: skip
 
 
 class Keeper(pl.Callback):
@@ -107,14 +150,14 @@ class Keeper(pl.Callback):
         self.curve: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch: int | None = None
-        self.pruned = self.fresh_epoch = self.asked = False
+        self.pruned = self.asked = False
         self.losses: list[float] = []
         self.skipped, self.stopped = 0, ""
         self.last_finite: tuple[int, float] | None = None  # step and its loss on rank 0
         self.bad_step = -1
         self.notes: list[str] = []
         self.saved = time.monotonic()
-        self.began, self.stall_s, self.checkpoints = 0.0, 0.0, 0
+        self.clock = Clock()
         self.writer = Writer(folder, origin(job), self.say)
         heart = folder / f"heartbeat-{self.rank}"
         self.beat = Beat(heart) if heart.is_file() else Beat.make(heart)
@@ -158,8 +201,11 @@ class Keeper(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.began = time.monotonic()
+        self.clock.start()
         self.beat(step=trainer.global_step, steps=self.loader.shape.steps * self.job.max_epochs)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
@@ -195,19 +241,20 @@ class Keeper(pl.Callback):
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
         self.beat(STEPS, step)
+        self.clock.step(writing=self.writer.busy)
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
         if self.rank == 0 and not trainer.is_last_batch and not self.stopped:
             self._keep(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
         now = time.monotonic()
-        due = self.fresh_epoch or now - self.saved >= self.job.train.checkpoint_every / 1e6
+        due = now - self.saved >= self.job.train.checkpoint_every / 1e6
         if not self.asked and (not due or self.writer.busy):
             return
         state = snapshot(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
         self.writer.begin(trainer.global_step, state)
-        self.saved, self.fresh_epoch = time.monotonic(), False
-        self.stall_s, self.checkpoints = self.stall_s + self.saved - now, self.checkpoints + 1
+        self.saved = time.monotonic()
+        self.clock.stalled(self.saved - now)
         if self.asked:
             self.writer.wait()
             os._exit(STOPPED)
@@ -216,10 +263,7 @@ class Keeper(pl.Callback):
         """What rank 0 tells when training is over."""
         self.writer.wait()
         self._tell()
-        loop_s = time.monotonic() - self.began
-        write_json(self.folder / "timing.json", {
-            "loop_s": loop_s, "checkpoints": self.checkpoints, "stall_s": self.stall_s,
-        })  # fmt: skip
+        write_json(self.folder / "timing.json", self.clock.figures())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TabularModule)
@@ -240,7 +284,6 @@ class Keeper(pl.Callback):
         self.pruned = epoch.epoch < self.job.max_epochs and self._above(epoch)
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
-        self.fresh_epoch = True  # the first step of the next epoch writes a checkpoint
 
     def _above(self, epoch: Epoch) -> bool:
         limits = self.job.prune_above
@@ -275,6 +318,8 @@ def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int
 
 def _leave(job: Job, folder: Path, keeper: Keeper, net: TabularNet, arrays: Arrays) -> None:
     if job.export and keeper.best and not keeper.stopped:
+        from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
+
         save_weights(keeper.best, folder / "network.safetensors")
         net = net.cpu()
         net.load_state_dict(load_file(folder / "network.safetensors"))
