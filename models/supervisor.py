@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -18,8 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from models.beat import STEPS, Beat
+from models.job import identity
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json, write_json
 
@@ -57,6 +60,7 @@ class _Group:
     allowed: int  # reasons that the folder may hold before the job is given up
     hang_s: float
     began: float
+    job: dict[str, Any]
     slots: list[int] = field(default_factory=list)
     split: int = 1
     generation: int = 0
@@ -80,7 +84,7 @@ class _Group:
         """A group as the parent wants it, with what earlier launches left in its folder."""
         folder, ranks = Path(str(line["folder"])), int(str(line["ranks"]))
         group = cls(int(str(line["id"])), folder, ranks, int(str(line["allowed"])), float(str(line["hang_s"])),
-                    time.monotonic(), list(range(ranks)), due=0.0)  # fmt: skip
+                    time.monotonic(), _job(folder), list(range(ranks)), due=0.0)  # fmt: skip
         path = folder / "restarts.json"
         if path.is_file():
             body = read_json(path)
@@ -245,6 +249,22 @@ class _Group:
         return f"{why}: {said}" if why else said
 
 
+def _job(folder: Path) -> dict[str, Any]:
+    path = folder / "job.json"
+    return identity(read_json(path)) if path.is_file() else {}
+
+
+def _leave_nothing_of(job: dict[str, Any], folder: Path) -> None:
+    """Removes what ranks of this job wrote after another was prepared in their folder."""
+    if job == _job(folder):
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "job.json":
+            path.unlink()
+
+
 def _environment(rank: int, slots: list[int], ranks: int, port: int, generation: int, split: int) -> dict[str, str]:
     world = str(len(slots))
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
@@ -354,6 +374,7 @@ class _Desk:
                 group.kill()
                 self.groups.remove(group)
                 self._answer(group, "the job was started again")
+                _leave_nothing_of(group.job, group.folder)
             self.groups.append(_Group.told(told))
         return bool(data)
 
