@@ -2,7 +2,7 @@
 
 A network (2 × 128) is trained once in peace, then again under fire: `kill -9` of rank 0, of the other rank, of all ranks and
 of the supervisor, and SIGSTOP of either rank, each up to 1.5 s after the last blow was made good; a training that ends is
-begun again while blows are left. Checkpoints are a second apart.
+begun again while blows are left. Checkpoints are two seconds apart.
 
 Figures: `recovered_share` (of all blows, those after which training went beyond the step that it had reached),
 `kill_to_step_p95_s` (kill of ranks → end of the first optimiser step after it; `kill_to_ground_p95_s` → first step that had
@@ -37,7 +37,7 @@ from models.job import Job
 from pipelines.manifest import read_json
 from pipelines.spec import Network, Train
 
-RANKS, COLUMNS, EVERY_US = 2, 30, 1_000_000
+RANKS, COLUMNS, EVERY_US = 2, 30, 2_000_000
 PATIENCE_S = 180.0  # a blow that is not made good by then has ended the training
 KILLS = ("rank 0", "other rank", "all ranks", "supervisor")
 STOPS = ("stop rank 0", "stop other rank")

@@ -61,6 +61,7 @@ def write_record(
         "metrics": evaluation["metrics"], "gains": evaluation["gains"], "bar": evaluation["bar"],
         "verdict": _without_format(read_json(at["evaluate"] / "verdict.json")),
         "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
+        "training": _without_format(read_json(at["train"] / "volatile" / "stats.json")),
         "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),
         "stages": costs, "stage_paths": paths, "data_version": asdict(version),
         "snapshot_rows": snapshot.rows, "set_aside": snapshot.set_aside, "exact": True,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
 from pipelines.home import give_back_memory
-from pipelines.manifest import Note, code_digest, digest_of, file_digest, read_json, write_json, write_page
+from pipelines.manifest import Note, code_digest, digest_of, file_digest, library_versions, read_json, write_json, write_page
 from pipelines.spec import Spec
 
 FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx"}
@@ -35,8 +36,9 @@ def train_candidates(
     start_zygote()  # it imports while the rows are read
     data = replace(load_training_set(data_folder), frame={})  # only what models read is kept
     give_back_memory()
-    # a run that is taken up with other code, or rows made by other code, does not resume from what those left
-    work /= digest_of([code_digest("models"), file_digest(data_folder / "frame.parquet")])[:16]
+    # a run that is taken up with other code or libraries, or rows made by other code, does not resume from what those left
+    work /= digest_of([code_digest("models"), library_versions("torch", "pytorch-lightning", "numpy"),
+                       file_digest(data_folder / "frame.parquet")])[:16]  # fmt: skip
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)
@@ -44,13 +46,14 @@ def train_candidates(
               spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
     folder = work / "network"
     job.prepare(folder)
-    future = submit(folder, ranks=ranks, max_restarts=spec.train.max_restarts)
+    future = submit(folder, ranks=ranks, max_restarts=spec.train.max_restarts, hang_s=spec.train.hang_after / 1e6)
     trees = _forests(spec, data, best, out, max(1, default_threads() - ranks))  # while the ranks train
-    outcome = finish(future, folder, ranks, progress)
-    if outcome.result.best_epoch is None:
+    outcome = finish(future, folder, ranks, progress, _follow_devices(folder, ranks) if accelerator == "gpu" else None)
+    result = outcome.result
+    if result.stopped or result.best_epoch is None:
         raise MillraceError(
-            f"the network diverged: no finite log loss in {len(outcome.result.curve)} epochs; "
-            "lower train.learning_rate, or its upper end in tune.space"
+            f"the network diverged: {result.stopped or f'no finite log loss in {len(result.curve)} epochs'}; lower "
+            "train.learning_rate, or its upper end in tune.space; train.skip_bad_batches leaves some batches out"
         )
     for name in ("network.safetensors", "network.onnx"):
         shutil.copyfile(folder / name, out / name)
@@ -68,11 +71,33 @@ def train_candidates(
 
 def world(spec: Spec) -> tuple[int, str]:
     """Number of ranks, and what they run on. The driver is asked by a file, never through CUDA."""
-    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        devices = min(devices, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    devices = _devices()
     ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, devices)
     return ranks, "gpu" if devices >= ranks and devices else "cpu"
+
+
+def _devices() -> int:
+    """GPUs that the driver has now, of those that this process may use."""
+    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        devices = min(devices, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    return devices
+
+
+def _follow_devices(folder: Path, ranks: int) -> Callable[[], None]:
+    """Looks how many GPUs there are: with fewer than ranks, half of the ranks go on, and all when they are back."""
+    working = ranks
+
+    def look() -> None:
+        nonlocal working
+        wanted = ranks
+        while wanted > max(1, _devices()):
+            wanted //= 2
+        if wanted != working:
+            working = wanted
+            start_zygote().resize(folder, list(range(wanted)))
+
+    return look
 
 
 def _params(best: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -114,8 +139,8 @@ def _write(data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str,
     curves = {"network": [asdict(e) for e in outcome.result.curve], **{n: list(t.curve) for n, t in trees.items()}}
     write_json(out / "curves.json", curves)
     write_json(out / "volatile" / "stats.json", {
-        "ranks": outcome.ranks, "restarts": list(outcome.restarts), "network_s": round(outcome.seconds, 3),
-        "parameters": outcome.result.parameters,
+        "ranks": outcome.ranks, "restarts": list(outcome.restarts), "notes": list(outcome.notes),
+        "network_s": round(outcome.seconds, 3), "parameters": outcome.result.parameters,
     })  # fmt: skip
     rows = [("candidate", "log loss", "AUC")]
     rows += [(c.name, f"{c.log_loss:.4f}", f"{c.auc:.4f}") for c in choice.candidates]

@@ -75,7 +75,7 @@ class _Group:
     hung_at: int = -1
     due: float | None = None  # when the ranks are started, None while they run
     wider: float | None = None  # when lost ranks are tried again
-    wider_s: float = WIDER_S
+    wider_s: float = field(default_factory=lambda: WIDER_S)
     asked_at: float | None = None  # when rank 0 was asked to end
     culprit: int = 0
 

@@ -230,7 +230,7 @@ class Keeper(pl.Callback):
         scaled, codes, label = self.loader.data.take(rows)
         bad = ~np.isfinite(logits(net, Resident(scaled, codes, label)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
-        if not found:
+        if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
         return f"training rows {', '.join(map(str, found[:10]))}{more}"

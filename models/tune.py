@@ -84,7 +84,8 @@ def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress 
         job = Job(str(arrays), apply(spec.train, params), spec.seed + slot, spec.tune.max_epochs, spec.tune.rows,
                   _limits(spec, before), export=False)  # fmt: skip
         job.prepare(folder)
-        result = launch(folder, ranks=1, max_restarts=spec.train.max_restarts, zygote=zygote).result
+        result = launch(folder, ranks=1, max_restarts=spec.train.max_restarts, zygote=zygote,
+                        hang_s=spec.train.hang_after / 1e6).result  # fmt: skip
         curve = tuple(e.log_loss for e in result.curve if e.log_loss is not None)
         return Trial(slot, generation, params, curve, result.log_loss, result.pruned)
 

@@ -28,6 +28,9 @@ KINDS = (
     "endpoint: malformed JSON", "endpoint: wrong types", "endpoint: unknown field", "endpoint: unknown entity",
     "endpoint: flight already departed", "endpoint: NaN", "endpoint: 10 MB body", "endpoint: 0 and 1,001 rows",
     "endpoint: never 5xx, never a stack trace",
+    "training: a corrupt newest checkpoint", "training: a disk that is full while a checkpoint is written",
+    "training: a checkpoint of another spec, code or library", "training: a loss that is not finite",
+    "training: a rank that hangs, is stopped, or keeps failing", "training: out of memory", "training: SIGTERM",
 )  # fmt: skip
 
 

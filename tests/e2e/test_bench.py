@@ -119,3 +119,13 @@ def test_push(tmp_path: Path) -> None:
     figures = run("push", tmp_path)["figures"]
     assert figures["sent"] == 2_400 and figures["counted_once"]
     assert 0 < figures["latency_p50_s"] <= figures["latency_p99_s"] <= figures["latency_max_s"] and figures["events_per_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recovery(tmp_path: Path) -> None:
+    figures = run("recovery", tmp_path)["figures"]
+    assert figures["recovered_share"] == 1.0 and figures["weights_max_abs_diff"] == 0.0
+    assert figures["kills"] == 4 and figures["hangs"] == 1 and figures["trainings"] >= 1 and figures["checkpoints"] > 0
+    assert {"kill_to_step_p95_s", "hang_to_step_p95_s", "supervisor_kill_ratio", "steps_lost_p95"} <= set(figures)
+    assert 0 < figures["checkpoint_stall_share"] < 1

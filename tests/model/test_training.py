@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from models.arrays import epoch_shape, write_arrays
+from models.beat import Beat
 from models.elastic import Zygote, launch, start_zygote
 from models.job import Job, Result
 from pipelines.errors import MillraceError, UsageError
@@ -126,7 +127,7 @@ def test_two_ranks_killed_end_in_the_same_weights(zygote: Zygote, arrays: Path, 
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
 
 
-def test_a_stopped_rank_is_found_by_its_silence(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_found(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     hit = strike(zygote, tmp_path / "hung", [5], signal.SIGSTOP)
     result = run(zygote, tmp_path / "hung", job(arrays, every_us=1, epochs=2), hang_s=2.0)
     hit.join()
@@ -169,18 +170,20 @@ def test_a_dead_zygote_is_an_error_and_the_job_resumes(zygote: Zygote, arrays: P
     assert len(launch(tmp_path, ranks=1, max_restarts=3, zygote=zygote).result.curve) == 3
 
 
-def test_zygote_and_ranks_die_with_their_parent(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
-    job(arrays, every_us=1).prepare(tmp_path / "hit")
+def test_zygote_and_ranks_die_with_their_parent_and_leave_a_checkpoint(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    job(arrays).prepare(tmp_path / "hit")  # no checkpoint is due
     code = "import sys, pathlib, models.elastic as e; e.launch(pathlib.Path(sys.argv[1]), ranks=1, max_restarts=3)"
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "hit")])
-    until(lambda: newest_step(tmp_path / "hit") > 3)
+    heart = tmp_path / "hit" / "heartbeat-0"
+    until(lambda: heart.is_file() and Beat(heart).step > 3)
     family = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()
     parent.wait()
     assert len(family) == 2  # the zygote and its rank
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), seconds=5)
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), seconds=10)
     assert not (tmp_path / "hit" / "result.json").exists()
-    resumed = run(zygote, tmp_path / "hit", job(arrays, every_us=1))
+    assert newest_step(tmp_path / "hit") == Beat(heart).step > 3  # the rank was asked for a last checkpoint
+    resumed = run(zygote, tmp_path / "hit", job(arrays))
     assert resumed == run(zygote, tmp_path / "calm", job(arrays))
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
 
