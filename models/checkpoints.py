@@ -132,10 +132,15 @@ class CheckpointIO(TorchCheckpointIO):
 
 
 class Writer:
-    """Writes checkpoints in a thread, one at a time. A disk that is full costs an alarm, not the training."""
+    """Writes checkpoints in a thread, one at a time. A disk that is full costs an alarm, not the training.
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], alarm: Callable[[str], None]) -> None:
-        self.folder, self.about, self.alarm = folder, about, alarm
+    `mine`: whether the folder is still that of this job; nothing is written there when it is not.
+    """
+
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], alarm: Callable[[str], None], mine: Callable[[], bool]
+    ) -> None:  # fmt: skip
+        self.folder, self.about, self.alarm, self.mine = folder, about, alarm, mine
         self.given: SimpleQueue[tuple[int, Mapping[str, Any]]] = SimpleQueue()
         self.idle = threading.Event()
         self.idle.set()
@@ -167,6 +172,8 @@ class Writer:
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         path = self.folder / "checkpoints" / f"step-{step:09d}.ckpt"
         try:
+            if not self.mine():
+                return
             write(path, state, self.about)
             for old in sorted(path.parent.glob("step-*.ckpt"))[:-KEPT]:
                 old.unlink()

@@ -70,6 +70,8 @@ def main(folder: Path) -> None:
     trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=True)
     keeper.beat(END)
     if rank == 0:
+        if not keeper.mine():
+            raise MillraceError("another job was prepared in this folder")
         keeper.leave()
         _leave(job, folder, keeper, net, arrays)
 
@@ -158,10 +160,17 @@ class Keeper(pl.Callback):
         self.notes: list[str] = []
         self.saved = time.monotonic()
         self.clock = Clock()
-        self.writer = Writer(folder, origin(job), self.say)
+        self.writer = Writer(folder, origin(job), self.say, self.mine)
         heart = folder / f"heartbeat-{self.rank}"
         self.beat = Beat(heart) if heart.is_file() else Beat.make(heart)
         self.beat(START)
+
+    def mine(self) -> bool:
+        """Whether the folder is still that of this job: its parent may be gone, and another have prepared one there."""
+        try:
+            return identity(read_json(self.folder / "job.json")) == self.writer.about["job"]
+        except MillraceError:
+            return False
 
     def ask(self, *_: object) -> None:
         """Handler of SIGTERM: after this step a checkpoint is written, and the rank ends."""

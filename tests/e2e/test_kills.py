@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -127,3 +128,39 @@ def test_the_same_digest_from_another_empty_home(
 ) -> None:
     shutil.copytree(landed / "landing", tmp_path / "landing")
     assert _run(tmp_path)["result_digest"] == undisturbed["result_digest"]
+
+
+def _kill_ranks(process: subprocess.Popen[str]) -> int:
+    """kill -9 of a random rank of whatever trains, again and again until the run ends; how many were hit."""
+    rng, hit = random.Random(3), 0
+    while process.poll() is None:
+        with suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
+            supervisors = {p.pid for p in family if "models.supervisor" in p.cmdline()}
+            ranks = [p for p in family if p.ppid() in supervisors]
+            if ranks:
+                time.sleep(rng.uniform(0.3, 1.5))
+                rng.choice(ranks).kill()
+                hit += 1
+        time.sleep(0.05)
+    return hit
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_the_same_digest_on_two_ranks_that_are_killed_all_the_time(landed: Path, tmp_path: Path) -> None:
+    sets = ("train.ranks=2", "train.max_epochs=8", "train.patience=8", "train.max_restarts=1000", "train.checkpoint_every=500ms")
+    found = {}
+    for name in ("calm", "hit"):
+        shutil.copytree(landed / "landing", tmp_path / name / "landing")
+        process = subprocess.Popen(
+            _command(*sets), env=_env(tmp_path / name), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        hits = _kill_ranks(process) if name == "hit" else 0
+        out, err = process.communicate(timeout=900)
+        assert process.returncode in (0, 3), err[-2000:]
+        found[name] = json.loads(out)
+    assert hits >= 3 and found["hit"]["result_digest"] == found["calm"]["result_digest"]
+    manifest = json.loads(next((tmp_path / "hit").glob("runs/flights_demo/*/manifest.json")).read_text())
+    assert manifest["training"]["ranks"] == 2 and manifest["training"]["restarts"]
+    assert all("died of signal 9" in reason for reason in manifest["training"]["restarts"])

@@ -110,7 +110,7 @@ def test_ranks_die_with_a_killed_zygote_and_the_next_one_ends_in_the_same_weight
 ) -> None:
     mortal = Zygote()
     job(arrays, every_us=1).prepare(tmp_path / "hit")
-    future = submit(tmp_path / "hit", ranks=2, max_restarts=3, zygote=mortal)
+    future = submit(tmp_path / "hit", ranks=2, max_restarts=0, zygote=mortal)
     until(lambda: newest_step(tmp_path / "hit") >= 20)
     ranks = psutil.Process(mortal.process.pid).children()
     os.kill(mortal.process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ import torch
 
 from models.arrays import epoch_shape, write_arrays
 from models.beat import STEPS, Beat
-from models.checkpoints import newest, snapshot, write
+from models.checkpoints import Writer, newest, snapshot, write
 from models.elastic import Zygote, finish, launch, start_zygote, submit
 from models.supervisor import START_S, _Group, _Rank
 from pipelines.errors import MillraceError
@@ -152,6 +152,15 @@ def test_a_disk_that_is_full_costs_an_alarm_not_the_training(zygote: Zygote, arr
     assert len(full.notes) == 1 and "was not written (File too large); training goes on" in full.notes[0]
     assert newest_step(tmp_path / "full") > before
     assert full.result == run(zygote, tmp_path / "calm", job(arrays, epochs=6))
+
+
+def test_nothing_is_written_into_the_folder_of_another_job(tmp_path: Path) -> None:
+    answers = iter([True, False])
+    writer = Writer(tmp_path, {}, pytest.fail, lambda: next(answers))
+    for step in (3, 4):
+        writer.begin(step, {"w": torch.ones(3)})
+    writer.wait()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000003.ckpt"]
 
 
 # --- a loss that is not finite ---

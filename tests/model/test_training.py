@@ -163,7 +163,7 @@ def test_a_dead_zygote_is_an_error_and_the_job_resumes(zygote: Zygote, arrays: P
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(MillraceError, match="run again, it resumes"):
-        launch(tmp_path, ranks=1, max_restarts=3, zygote=mortal)
+        launch(tmp_path, ranks=1, max_restarts=0, zygote=mortal)
     killer.join()
     reached = newest_step(tmp_path)
     assert reached >= 5 and not (tmp_path / "result.json").exists()
