@@ -129,7 +129,7 @@ class Training:
         to_step_s, resumed = time.monotonic() - began, new[1].step - 1
         ground = self.stepping(since=alive[0], beyond=before)
         to_ground_s = time.monotonic() - began if ground else float("inf")
-        return Blow(target, to_step_s, to_ground_s, before - resumed, seconds)
+        return Blow(target, to_step_s, to_ground_s, max(0, before - resumed), seconds)
 
 
 def under_fire(root: Path, job: Job, targets: list[str], rng: random.Random) -> tuple[list[Blow], list[Path]]:
