@@ -224,6 +224,13 @@ def test_every_piece_of_a_run_is_on_the_page(made: Made) -> None:
     assert json.loads(page.text[page.text.rindex('{\n "as_of"') : page.text.rindex("}") + 1]) == made.manifest
 
 
+def test_what_happened_to_the_ranks_is_told_where_something_happened(made: Made) -> None:
+    told = {"restarts": ["rank 1 died of signal 9"], "notes": ["told so: 1 rank(s) from step 20 on, 2 before"]}
+    text = " ".join(made.saying(training=told).write().check().text.split())
+    assert "while the network was trained restartrank 1 died of signal 9notetold so: 1 rank(s) from step 20 on" in text
+    assert "while the network was trained" not in made.saying(training={"restarts": [], "notes": []}).write().text
+
+
 def test_the_model_card_has_its_sections_in_order(made: Made) -> None:
     card = made.write().card
     assert re.findall(r"^## (.*)$", card, re.MULTILINE) == list(CARD)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from features.trainset import TrainingSet, load_training_set
+from models import candidate
 from models.calibrate import sigmoid
 from models.candidate import train_candidates, world
 from models.data import Resident
@@ -199,6 +200,23 @@ print(Model.load(Path(sys.argv[1])).chosen)
 """
     done = subprocess.run([sys.executable, "-c", code, str(trained("one"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_ranks_follow_the_gpus_that_the_driver_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[list[int]] = []
+
+    class Parent:
+        def resize(self, folder: Path, slots: list[int]) -> None:
+            assert folder == tmp_path
+            told.append(slots)
+
+    listed = [4]
+    monkeypatch.setattr(candidate, "_devices", lambda: listed[0])
+    monkeypatch.setattr(candidate, "start_zygote", Parent)
+    look = candidate._follow_devices(tmp_path, 4)
+    for listed[0] in (4, 3, 3, 1, 0, 4, 4):
+        look()
+    assert told == [[0, 1], [0], [0, 1, 2, 3]]
 
 
 def test_a_network_that_diverges_is_an_error(folder: Path, tmp_path: Path) -> None:
