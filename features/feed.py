@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
 from features.keys import key_arrays, key_runs, rows_among, text_keys
-from features.online import ROWS, Layout, layout_digest, layouts, pack
+from features.online import ROWS, Layout, layout_digest, layouts, pack, pack_steps
 from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.views import RECENT, others_of
-from features.windows import build_views
+from features.windows import build_sums, build_views
 from pipelines.clock import Anchor
 from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
@@ -133,6 +133,11 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
         touched = _touched(every, new, source, others, joined)
         keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
         if not len(keys):
+            continue
+        if isinstance(view.shape, Window | Open):
+            for stored, _, steps in build_sums(every, name, anchor, only=keys):
+                for key, packed in zip(keys.to_pylist(), pack_steps(packing[stored.name], steps), strict=True):
+                    yield stored.name, key, packed or None
             continue
         facts = every
         if isinstance(view.shape, Chain):

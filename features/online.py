@@ -16,7 +16,7 @@ from features.cells import PUSHED, Held, Meta, Moved, NoCells, open_cells, place
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
-from features.steps import TIME, as_of, previous
+from features.steps import TIME, Steps, as_of, previous
 from features.views import RECENT, Stored, absent, stored_views
 from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
@@ -80,6 +80,16 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
     for lo, hi in zip(start[:-1].tolist(), start[1:].tolist(), strict=True):
         tail = json.dumps([column[lo:hi] for column in words]).encode() if words else b""
         yield (hi - lo).to_bytes(4, "little") + rows[lo:hi].tobytes() + tail
+
+
+def pack_steps(layout: Layout, steps: Steps) -> Iterator[bytes]:
+    """What `pack` gives of the table of some steps; of a key without any, no bytes."""
+    rows = np.empty(len(steps.t), layout.dtype)
+    for name in layout.times:
+        rows[name] = steps.t if name == TIME else steps.columns[name]
+    body, width, start = rows.tobytes(), layout.dtype.itemsize, steps.start.tolist()
+    for lo, hi in zip(start[:-1], start[1:], strict=True):
+        yield (hi - lo).to_bytes(4, "little") + body[lo * width : hi * width] if lo < hi else b""
 
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:

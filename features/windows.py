@@ -29,7 +29,7 @@ from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_
 from features.views import EWM, Stored, held, longest, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
-from pipelines.spec import Ewm, Latest, Source, Window
+from pipelines.spec import Ewm, Latest, Open, Source, Window
 from pipelines.spec import Sequence as Chain
 
 
@@ -38,33 +38,32 @@ class Group:
     """Fact versions by group key and time: N of them, in that order, at `row` of the table."""
 
     keys: pa.Array
-    first: np.ndarray  # for each key a row of the table that has it
     code: np.ndarray
     over: np.ndarray
     row: np.ndarray
     known_from: np.ndarray
     known_to: np.ndarray
 
+    def first(self) -> np.ndarray:
+        """For each key a row of the table that has it, 0 where none has."""
+        return np.append(self.row, 0)[np.searchsorted(self.code, np.arange(len(self.keys)))]
+
 
 def group_versions(
     facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int, only: pa.Array | None = None
 ) -> Group:  # fmt: skip
-    """The versions that have a group key (one of `only`) and a time `over`, and whose span may end after `since` (at `ends`)."""
+    """The versions that have a group key (one of `only`, distinct) and a time `over`, and whose span may end after `since`
+    (at `ends`)."""
     alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
     row = np.flatnonzero(alive)
     some = facts.table.select([*key])
     some = some if len(row) == len(alive) else some.take(pa.array(row))
-    keys, codes = grouped(within(text_keys(key_arrays(some, key), len(row)), only))
+    names = text_keys(key_arrays(some, key), len(row))
+    keys, codes = grouped(names) if only is None else (only, codes_of(names, only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
-    first = row[first_rows(keys, codes)]
-    return Group(keys, first, codes, over[row], row, facts.known_from[row], facts.known_to[row])
-
-
-def within(names: pa.Array, only: pa.Array | None) -> pa.Array:
-    """Keys, those that are not among `only` as null."""
-    return names if only is None else pc.if_else(pc.is_in(names, value_set=only), names, pa.scalar(None, names.type))
+    return Group(keys, codes, over[row], row, facts.known_from[row], facts.known_to[row])
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
@@ -361,24 +360,36 @@ def build_views(
         return
     source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
     if isinstance(shape, Latest):
-        names = within(facts.names(shape.source, shape.key), only)
+        names = facts.names(shape.source, shape.key)
+        if only is not None:
+            names = pc.if_else(pc.is_in(names, value_set=only), names, pa.scalar(None, names.type))
         steps, first = latest_steps(source, shape, v, names), first_rows(*grouped(names))
         for stored in views:
             moved = replace(steps, t=steps.t + (stored.length if stored.kind == "ago" else 0))
             yield stored, step_table(stored, moved, v.table, first)
         return
+    for stored, group, steps in build_sums(facts, name, since, only=only):
+        yield stored, step_table(stored, steps, v.table, group.first())
+
+
+def build_sums(
+    facts: Facts, name: str, since: int, *, only: pa.Array | None = None
+) -> Iterator[tuple[Stored, Group, Steps]]:  # fmt: skip
+    """The facts of a window or backlog view, of all keys or of `only` these, and the steps of what it is stored as: none is
+    before `since`."""
+    view = facts.spec.features.views[name]
+    shape, source, v = view.shape, facts.spec.sources[view.shape.source], facts.versions(view.shape.source)
+    assert isinstance(shape, Window | Open)
     over = facts.times(shape.source, shape.over or str(source.event_time))
-    group = group_versions(v, shape.key, over, over + longest(shape), since, only)
+    group, views = group_versions(v, shape.key, over, over + longest(shape), since, only), stored_of(facts.spec, name, view)
     if isinstance(shape, Window):
         of = window_facts(source, shape, v, group)
         for stored in views:
-            steps = window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
-            yield stored, step_table(stored, steps, v.table, group.first)
+            yield stored, group, window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
     else:
         closed_at = facts.closed_at(shape.source, shape.closed_by, group.row)
         for stored in views:
-            steps = open_steps(group, closed_at, stored.length, since)
-            yield stored, step_table(stored, steps, v.table, group.first)
+            yield stored, group, open_steps(group, closed_at, stored.length, since)
 
 
 def step_table(stored: Stored, steps: Steps, table: pa.Table, first: np.ndarray) -> pa.Table:
