@@ -53,7 +53,7 @@ def versions(table: pa.Table, source: Source) -> Versions:
     other = np.zeros(table.num_rows, bool)  # than the row before
     for name in source.key:
         column = one_chunk(table[name])
-        other[1:] |= true(pc.fill_null(pc.not_equal(column[1:], column[:-1]), True))
+        other[1:] |= filled(pc.not_equal(column[1:], column[:-1]), True)
     known = int_times(table[KNOWN])
     known_to = np.append(np.where(other[1:], NEVER, known[1:]), NEVER)[: len(known)]
     return Versions(table, np.cumsum(other), known, known_to)
@@ -85,6 +85,14 @@ class Facts:
     def times(self, source: str, column: str) -> np.ndarray:
         """µs of a time column of a source, MISSING where null."""
         return self.once(("times", source, column), lambda: int_times(self.tables[source][column]))
+
+    def floats(self, source: str, column: str) -> np.ndarray:
+        """float64 values of a column of a source, NaN where null."""
+        return self.once(("floats", source, column), lambda: floats(self.tables[source][column]))
+
+    def holds(self, source: str, condition: Condition) -> tuple[np.ndarray, np.ndarray]:
+        """`holds` of a column of a source."""
+        return self.once(("holds", source, condition), lambda: holds(condition, self.tables[source][condition.column]))
 
     def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""

@@ -61,7 +61,7 @@ def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 def true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A mask as numpy has it (bool, N): null is false."""
-    return np.asarray(pc.fill_null(mask, False)).astype(bool)
+    return filled(one_chunk(mask), False)
 
 
 def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:

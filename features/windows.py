@@ -81,18 +81,18 @@ def _scaled(values: np.ndarray, source: Source, name: str, power: int) -> np.nda
     return scaled.astype(np.int64)
 
 
-def window_values(source: Source, shape: Window, table: pa.Table, rows: np.ndarray) -> Columns:
+def window_values(facts: Facts, shape: Window, rows: np.ndarray) -> Columns:
     """What each fact adds to the sums of a window view (int64, N: the rows)."""
-    at = pa.array(rows)
+    source = facts.spec.sources[shape.source]
     found: Columns = {"_count": np.ones(len(rows), np.int64)}
     for name in shape.added:
-        values = floats(table[name].take(at))
+        values = facts.floats(shape.source, name)[rows]
         found[f"_{name}_n"] = (~np.isnan(values)).astype(np.int64)
         found[f"_{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
         if name in shape.std:
             found[f"_{name}_squares"] = found[f"_{name}_sum"] ** 2
     for name, condition in shape.share.items():
-        true, there = holds(condition, table[condition.column].take(at))
+        true, there = (mask[rows] for mask in facts.holds(shape.source, condition))
         found.setdefault(f"_{condition.column}_n", there.astype(np.int64))
         found[f"_{name}_hits"] = true.astype(np.int64)
     return found
@@ -145,11 +145,11 @@ def _pairs(group: Group, values: np.ndarray) -> Pairs:
     return Pairs(pairs // width, fact)
 
 
-def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -> WindowFacts:
+def window_facts(facts: Facts, shape: Window, group: Group) -> WindowFacts:
     """Reads the columns of a window view once."""
-    at, numbers = pa.array(group.row), {}
+    source, table, fact, numbers = facts.spec.sources[shape.source], facts.tables[shape.source], facts.versions(shape.source).fact, {}
     for name in dict.fromkeys((*shape.min, *shape.max, *shape.newest, *(shape.ewm.columns if shape.ewm else ()))):
-        values = floats(facts.table[name].take(at))
+        values = facts.floats(shape.source, name)[group.row]
         numbers[name] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
     ranked = []
     for suffix, sign, columns in (("min", -1, shape.min), ("max", 1, shape.max)):
@@ -160,9 +160,9 @@ def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -
             ranked.append(Ranked(rank, {f"_{name}_{suffix}": numbers[name]}))
     taken = {f"_{name}_newest": numbers[name] for name in shape.newest} | ({"_newest": group.over} if shape.since else {})
     if taken:
-        ranked.append(Ranked(_ranks(group.over, group.known_from, facts.fact[group.row]), taken))
-    distinct = {name: _pairs(group, grouped(one_chunk(facts.table[name].take(at)))[1]) for name in shape.nunique}
-    return WindowFacts(group, window_values(source, shape, facts.table, group.row), numbers, ranked, distinct)
+        ranked.append(Ranked(_ranks(group.over, group.known_from, fact[group.row]), taken))
+    distinct = {name: _pairs(group, grouped(one_chunk(table[name].take(pa.array(group.row))))[1]) for name in shape.nunique}
+    return WindowFacts(group, window_values(facts, shape, group.row), numbers, ranked, distinct)
 
 
 def _ranks(*by: np.ndarray) -> np.ndarray:
@@ -383,7 +383,7 @@ def build_sums(
     over = facts.times(shape.source, shape.over or str(source.event_time))
     group, views = group_versions(v, shape.key, over, over + longest(shape), since, only), stored_of(facts.spec, name, view)
     if isinstance(shape, Window):
-        of = window_facts(source, shape, v, group)
+        of = window_facts(facts, shape, group)
         for stored in views:
             yield stored, group, window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
     else:
