@@ -131,7 +131,7 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     for name, view in spec.features.views.items():
         source, others, joined = view.shape.source, others_of(view.shape), spec.sources[view.shape.source].key
         touched = _touched(every, new, source, others, joined)
-        keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
+        keys = _keys(every, source, view.shape.key, touched)
         if not len(keys):
             continue
         if isinstance(view.shape, Window | Open):
@@ -146,30 +146,37 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
             yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source, key = spec.rows.source, spec.row_key
     touched = _touched(every, new, source, spec.closed_by, key)
-    keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
+    keys = _keys(every, source, key, touched)
     if len(keys):
         table = online_rows(spec, _facts_of(every, source, key, touched, spec.closed_by, key), anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
         yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
 
 
-def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> pa.Table:
+def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> np.ndarray:
     """The rows of a source that new facts touch, also those of `others`, which are `joined` to it: all versions of a fact."""
     table, by = every.tables[source], ((source, *every.spec.sources[source].key), *((other, *joined) for other in others))
 
-    def make() -> pa.Table:
+    def make() -> np.ndarray:
         found = [rows_among(table, key, new[name]) for name, *key in by if name in new]
-        return table.take(pa.array(np.unique(np.concatenate([[], *found])), pa.int64()))
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
     return every.once(("touched", source, *by), make)
 
 
+def _keys(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """The distinct keys of some rows of a source."""
+    some, table = pa.array(rows), every.tables[source]
+    return text_keys([table[name].take(some) for name in key], len(rows)).drop_null().unique()
+
+
 def _facts_of(
-    every: Facts, source: str, key: Sequence[str], touched: pa.Table, others: Sequence[str], joined: Sequence[str]
+    every: Facts, source: str, key: Sequence[str], touched: np.ndarray, others: Sequence[str], joined: Sequence[str]
 ) -> Tables:  # fmt: skip
     """All facts that ever had the key of one that is touched, with all their versions, and of `others` what joins them."""
     table = every.tables[source]
-    some = table.filter(pa.array(every.versions(source).whole(rows_among(table, key, touched))))
+    same = rows_among(table, key, table.take(pa.array(touched)))
+    some = table.filter(pa.array(every.versions(source).whole(same)))
     joint = {name: every.tables[name].take(pa.array(rows_among(every.tables[name], joined, some))) for name in others}
     return {**joint, source: some}
 

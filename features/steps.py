@@ -128,12 +128,12 @@ def accumulate(keys: pa.Array, codes: np.ndarray, moves: Sequence[Move]) -> Step
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t = code[last], t[last]
     start = starts(code, len(keys))
+    lengths = np.diff(start)
     columns: Columns = {}
     for name in dict.fromkeys(name for _, _, values in moves for name in values):
         parts = [values[name][counts] if name in values else np.zeros(np.count_nonzero(counts), np.int64)
                  for _, counts, values in moves]  # fmt: skip
         # int64 wraps around, and the difference of two wrapped sums is right as long as it fits itself
-        total = np.cumsum(np.concatenate(parts)[order])[last]
-        before = np.concatenate([[0], total])[start[:-1]]
-        columns[name] = total - np.repeat(before, np.diff(start))
+        total = np.concatenate(parts)[order].cumsum()[last]
+        columns[name] = total - np.append(0, total)[start[:-1]].repeat(lengths)
     return Steps(keys, start, t, columns)

@@ -17,6 +17,7 @@ Shapes: N facts or steps, Q queries, K keys.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -49,21 +50,25 @@ class Group:
         return np.append(self.row, 0)[np.searchsorted(self.code, np.arange(len(self.keys)))]
 
 
-def group_versions(
-    facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int, only: pa.Array | None = None
-) -> Group:  # fmt: skip
-    """The versions that have a group key (one of `only`, distinct) and a time `over`, and whose span may end after `since`
-    (at `ends`)."""
-    alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
-    row = np.flatnonzero(alive)
-    some = facts.table.select([*key])
-    some = some if len(row) == len(alive) else some.take(pa.array(row))
-    names = text_keys(key_arrays(some, key), len(row))
+def group_versions(facts: Facts, shape: Window | Open, since: int, only: pa.Array | None = None) -> Group:
+    """The versions that have a group key (one of `only`, distinct) and a time, and that may be in a window after `since`."""
+    v, over = facts.versions(shape.source), facts.times(shape.source, shape.over or str(facts.spec.sources[shape.source].event_time))
+    those = (shape.source, shape.over, longest(shape), since)  # views that have them in common share their texts
+
+    def alive() -> np.ndarray:
+        ends = np.minimum(v.known_to, over + longest(shape))
+        return np.flatnonzero((over != MISSING) & (v.known_from < v.known_to) & (ends > since))
+
+    def texts(name: str) -> pa.Array:
+        return text_keys([v.table[name] if len(row) == len(over) else v.table[name].take(pa.array(row))], len(row))
+
+    row = facts.once(("alive", *those), alive)
+    names = text_keys([facts.once(("texts", *those, name), partial(texts, name)) for name in shape.key], len(row))
     keys, codes = grouped(names) if only is None else (only, codes_of(names, only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
-    return Group(keys, codes, over[row], row, facts.known_from[row], facts.known_to[row])
+    return Group(keys, codes, over[row], row, v.known_from[row], v.known_to[row])
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
@@ -186,10 +191,10 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
         moves += ewm_moves(shape.ewm, of, enter, leave, length)
     steps = accumulate(group.keys, group.code, moves)
     most = int(steps.columns["_count"].max(initial=0))
-    for name, value in ((n, v) for _, _, columns in moves for n, v in columns.items()):
+    for name, value in ((n, v) for _, _, columns in moves[::2] for n, v in columns.items()):  # what comes leaves again
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
-    at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
+    at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start)) if of.distinct or of.ranked else steps.t
     for name, pairs in of.distinct.items():
         steps.columns[f"_{name}_nunique"] = distinct(pairs, group, enter, leave, at, steps.t)
     if of.ranked:
@@ -378,10 +383,9 @@ def build_sums(
     """The facts of a window or backlog view, of all keys or of `only` these, and the steps of what it is stored as: none is
     before `since`."""
     view = facts.spec.features.views[name]
-    shape, source, v = view.shape, facts.spec.sources[view.shape.source], facts.versions(view.shape.source)
+    shape, views = view.shape, stored_of(facts.spec, name, view)
     assert isinstance(shape, Window | Open)
-    over = facts.times(shape.source, shape.over or str(source.event_time))
-    group, views = group_versions(v, shape.key, over, over + longest(shape), since, only), stored_of(facts.spec, name, view)
+    group = group_versions(facts, shape, since, only)
     if isinstance(shape, Window):
         of = window_facts(facts, shape, group)
         for stored in views:
