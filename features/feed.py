@@ -136,8 +136,7 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
             continue
         if isinstance(view.shape, Window | Open):
             for stored, _, steps in build_sums(every, name, anchor, only=keys):
-                for key, packed in zip(keys.to_pylist(), pack_steps(packing[stored.name], steps), strict=True):
-                    yield stored.name, key, packed or None
+                yield from _of_keys(stored.name, keys, pack_steps(packing[stored.name], steps))
             continue
         facts = every
         if isinstance(view.shape, Chain):

@@ -82,14 +82,15 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
         yield (hi - lo).to_bytes(4, "little") + rows[lo:hi].tobytes() + tail
 
 
-def pack_steps(layout: Layout, steps: Steps) -> Iterator[bytes]:
-    """What `pack` gives of the table of some steps; of a key without any, no bytes."""
+def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
+    """The keys that have steps, and what `pack` gives of them as a table."""
     rows = np.empty(len(steps.t), layout.dtype)
     for name in layout.times:
         rows[name] = steps.t if name == TIME else steps.columns[name]
     body, width, start = rows.tobytes(), layout.dtype.itemsize, steps.start.tolist()
-    for lo, hi in zip(start[:-1], start[1:], strict=True):
-        yield (hi - lo).to_bytes(4, "little") + body[lo * width : hi * width] if lo < hi else b""
+    for key, lo, hi in zip(steps.keys.to_pylist(), start[:-1], start[1:], strict=True):
+        if lo < hi:
+            yield key, (hi - lo).to_bytes(4, "little") + body[lo * width : hi * width]
 
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:

@@ -13,7 +13,7 @@ from features import feed as feeding
 from features import online, rows
 from features.cells import open_cells
 from features.feed import changed_cells, feed, feed_changes, recent
-from features.keys import rows_among
+from features.keys import KNOWN, rows_among
 from features.online import OnlineStore, serve_features
 from features.store import write_views
 from pipelines.clock import NEVER, Anchor
@@ -95,14 +95,17 @@ def where_a_fact_was_before_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> N
     honest = feeding._touched
 
     def mutant(every, new, source, others, joined):  # type: ignore[no-untyped-def]
-        return honest(every, new, source, others, joined) if source not in new else new[source]
+        if source not in new:
+            return honest(every, new, source, others, joined)
+        return rows_among(every.tables[source], [*every.spec.sources[source].key, KNOWN], new[source])
 
     monkeypatch.setattr(feeding, "_touched", mutant)
 
 
 def other_versions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def mutant(every, source, key, touched, others, joined, honest=feeding._facts_of):  # type: ignore[no-untyped-def]
-        some = every.tables[source].take(pa.array(rows_among(every.tables[source], key, touched)))
+        table = every.tables[source]
+        some = table.take(pa.array(rows_among(table, key, table.take(pa.array(touched)))))
         return {**honest(every, source, key, touched, others, joined), source: some}
 
     monkeypatch.setattr(feeding, "_facts_of", mutant)
