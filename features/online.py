@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -56,7 +56,8 @@ def layouts(spec: Spec) -> dict[str, Layout]:
 
 def layout_digest(spec: Spec) -> str:
     """Names how the cells of a spec are packed: what is packed otherwise cannot be read."""
-    return digest_of([asdict(layout) for layout in layouts(spec).values()])[:16]
+    told = [{f.name: getattr(layout, f.name) for f in fields(layout)} for layout in layouts(spec).values()]
+    return digest_of(told)[:16]
 
 
 def _layout(stored: Stored) -> Layout:
@@ -263,7 +264,8 @@ class OnlineStore:
             else:
                 found = as_of(start, columns[TIME], at, t)
             there, safe = found >= 0, np.maximum(found, 0)
-            known, whole = there.any(), there.all()
+            count = np.count_nonzero(there)
+            known, whole = count > 0, count == len(t)
             picked: Columns = {}
             for name in stored.integers:
                 values = columns[name][safe] if known else np.full(len(t), absent(name))
@@ -281,8 +283,7 @@ def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: in
     wanted, columns = set(keys), {}
     for name in {name for key in wanted for name in key}:
         kind = {"bool": bool, "string": str}.get(spec.row_source.columns[name].type, int)
-        missing = is_missing(own[name]).tolist()
-        columns[name] = [None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)]
+        columns[name] = [None if v is None or v != v or v == MISSING else kind(v) for v in own[name].tolist()]
     return {key: [text_key([columns[name][i] for name in key]) for i in range(rows)] for key in wanted}
 
 

@@ -85,10 +85,10 @@ def as_of(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarra
     """The merge function: for each (key code, t) the row of the newest step with step_t ≤ t, −1 where none (Q)."""
     if len(start) < 2:
         return np.full(len(t), -1)
-    if len(t) == 1 and codes[0] >= 0:
-        lo, hi = start[codes[0]], start[codes[0] + 1]
-        after = step_t[lo:hi].searchsorted(t, side="right")
-        return lo + after - 1 if after[0] else np.array([-1])
+    if len(t) == 1 and (code := int(codes[0])) >= 0:
+        lo, hi = start[code : code + 2].tolist()
+        after = int(step_t[lo:hi].searchsorted(t[0], side="right"))
+        return np.array([lo + after - 1 if after else -1])
     safe = np.maximum(codes, 0)
     at = bisect(start, step_t, safe, t, right=True) - 1
     return np.where((codes >= 0) & (at >= start[safe]), at, -1)
