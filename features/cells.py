@@ -356,7 +356,7 @@ class RedisCells:
         found = zip(wanted, answers, strict=True)
         return [{k: v for k, v in zip(keys, values, strict=True) if v is not None} for (_, keys), values in found]
 
-    def _looked(self, asked: Sequence[str | int]) -> Any:
+    def _looked(self, asked: Sequence[Any]) -> Any:
         """What the script answers. A line that fails is given up, and the client asks, with its own retries."""
         if self.line is not None:
             try:

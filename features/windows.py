@@ -15,7 +15,7 @@ before the watermark. All times are int64 µs UTC, all sums int64.
 Shapes: N facts or steps, Q queries, K keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.facts import Columns, Facts, Versions, floats, holds, int_times
+from features.facts import Columns, Facts, Versions, floats, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
@@ -52,7 +52,8 @@ class Group:
 
 def group_versions(facts: Facts, shape: Window | Open, since: int, only: pa.Array | None = None) -> Group:
     """The versions that have a group key (one of `only`, distinct) and a time, and that may be in a window after `since`."""
-    v, over = facts.versions(shape.source), facts.times(shape.source, shape.over or str(facts.spec.sources[shape.source].event_time))
+    v = facts.versions(shape.source)
+    over = facts.times(shape.source, shape.over or str(facts.spec.sources[shape.source].event_time))
     those = (shape.source, shape.over, longest(shape), since)  # views that have them in common share their texts
 
     def alive() -> np.ndarray:
@@ -152,7 +153,7 @@ def _pairs(group: Group, values: np.ndarray) -> Pairs:
 
 def window_facts(facts: Facts, shape: Window, group: Group) -> WindowFacts:
     """Reads the columns of a window view once."""
-    source, table, fact, numbers = facts.spec.sources[shape.source], facts.tables[shape.source], facts.versions(shape.source).fact, {}
+    source, v, numbers = facts.spec.sources[shape.source], facts.versions(shape.source), {}
     for name in dict.fromkeys((*shape.min, *shape.max, *shape.newest, *(shape.ewm.columns if shape.ewm else ()))):
         values = facts.floats(shape.source, name)[group.row]
         numbers[name] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
@@ -165,8 +166,8 @@ def window_facts(facts: Facts, shape: Window, group: Group) -> WindowFacts:
             ranked.append(Ranked(rank, {f"_{name}_{suffix}": numbers[name]}))
     taken = {f"_{name}_newest": numbers[name] for name in shape.newest} | ({"_newest": group.over} if shape.since else {})
     if taken:
-        ranked.append(Ranked(_ranks(group.over, group.known_from, fact[group.row]), taken))
-    distinct = {name: _pairs(group, grouped(one_chunk(table[name].take(pa.array(group.row))))[1]) for name in shape.nunique}
+        ranked.append(Ranked(_ranks(group.over, group.known_from, v.fact[group.row]), taken))
+    distinct = {name: _pairs(group, grouped(one_chunk(v.table[name].take(pa.array(group.row))))[1]) for name in shape.nunique}
     return WindowFacts(group, window_values(facts, shape, group.row), numbers, ranked, distinct)
 
 
