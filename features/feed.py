@@ -165,6 +165,8 @@ def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], join
 
 def _keys(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> pa.Array:
     """The distinct keys of some rows of a source."""
+    if not len(rows):
+        return pa.array([], pa.string())
     some, table = pa.array(rows), every.tables[source]
     return text_keys([table[name].take(some) for name in key], len(rows)).drop_null().unique()
 
