@@ -53,7 +53,7 @@ def versions(table: pa.Table, source: Source) -> Versions:
     other = np.zeros(table.num_rows, bool)  # than the row before
     for name in source.key:
         column = one_chunk(table[name])
-        other[1:] |= true(pc.fill_null(pc.not_equal(column[1:], column[:-1]), True))
+        other[1:] |= filled(pc.not_equal(column[1:], column[:-1]), True)
     known = int_times(table[KNOWN])
     known_to = np.append(np.where(other[1:], NEVER, known[1:]), NEVER)[: len(known)]
     return Versions(table, np.cumsum(other), known, known_to)
@@ -103,6 +103,14 @@ class Facts:
         some = self.tables[source].filter(pa.array(self.versions(source).whole(rows)))
         joint = {name: self.tables[name].take(pa.array(rows_among(self.tables[name], key, some))) for name in others}
         return Facts(self.spec, {**joint, source: some})
+
+    def floats(self, source: str, column: str) -> np.ndarray:
+        """float64 values of a column of a source, NaN where null."""
+        return self.once(("floats", source, column), lambda: floats(self.tables[source][column]))
+
+    def holds(self, source: str, condition: Condition) -> tuple[np.ndarray, np.ndarray]:
+        """`holds` of a column of a source."""
+        return self.once(("holds", source, condition), lambda: holds(condition, self.tables[source][condition.column]))
 
     def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""

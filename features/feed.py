@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
-from features.keys import key_arrays, key_runs, rows_among, text_keys
-from features.online import ROWS, Layout, layout_digest, layouts, pack
+from features.keys import key_runs, rows_among, text_keys
+from features.online import ROWS, Layout, layout_digest, layouts, pack, pack_steps
 from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.views import RECENT, others_of
-from features.windows import build_views
+from features.windows import build_sums, build_views
 from pipelines.clock import Anchor
 from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
@@ -139,24 +139,42 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
         source, others = view.shape.source, others_of(view.shape)
-        touched = every.tables[source].take(pa.array(every.touched(new, source, others)))
-        keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
+        touched = every.touched(new, source, others)
+        keys = _keys(every, source, view.shape.key, touched)
         if not len(keys):
+            continue
+        if isinstance(view.shape, Window | Open):
+            for stored, _, steps in build_sums(every, name, anchor, only=keys):
+                yield from _of_keys(stored.name, keys, pack_steps(packing[stored.name], steps))
             continue
         facts, since = every, anchor
         if isinstance(view.shape, Chain):
-            facts = every.narrowed(source, rows_among(every.tables[source], view.shape.key, touched), others)
+            facts = every.narrowed(source, _sharing(every, source, view.shape.key, touched), others)
             since = _first(spec, packing[name], anchor)
         for stored, table in build_views(facts, name, since, only=keys):
             yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source, key = spec.rows.source, spec.row_key
-    touched = every.tables[source].take(pa.array(every.touched(new, source, spec.closed_by, key)))
-    keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
+    touched = every.touched(new, source, spec.closed_by, key)
+    keys = _keys(every, source, key, touched)
     if len(keys):
-        asked = every.narrowed(source, rows_among(every.tables[source], key, touched), spec.closed_by, key)
+        asked = every.narrowed(source, _sharing(every, source, key, touched), spec.closed_by, key)
         table = online_rows(spec, asked.tables, anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
         yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
+
+
+def _keys(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """The distinct keys of some rows of a source."""
+    if not len(rows):
+        return pa.array([], pa.string())
+    some, table = pa.array(rows), every.tables[source]
+    return text_keys([table[name].take(some) for name in key], len(rows)).drop_null().unique()
+
+
+def _sharing(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """The rows of a source whose key is that of some rows of it."""
+    table = every.tables[source]
+    return rows_among(table, key, table.take(pa.array(rows)))
 
 
 def _of_keys(view: str, keys: pa.Array, packed: Iterator[tuple[str, bytes]]) -> Iterator[Change]:
