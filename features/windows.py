@@ -23,14 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.facts import Columns, Facts, Versions, floats, holds, int_times
-from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
+from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys, true
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
 from features.views import EWM, Stored, held, longest, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
-from pipelines.spec import Ewm, Latest, Source, Window
+from pipelines.spec import Ewm, Latest, Open, Source, Window
 from pipelines.spec import Sequence as Chain
+
+RANGE = 500_000  # facts that a view is built from at once
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,60 @@ class Group:
 
 
 def group_versions(
-    facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int, only: pa.Array | None = None
+    facts: Versions, key: Sequence[str], over: np.ndarray, length: int, since: int, only: pa.Array | None = None
 ) -> Group:  # fmt: skip
-    """The versions that have a group key (one of `only`) and a time `over`, and whose span may end after `since` (at `ends`)."""
-    alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
-    row = np.flatnonzero(alive)
-    some = facts.table.select([*key])
-    some = some if len(row) == len(alive) else some.take(pa.array(row))
-    keys, codes = grouped(within(text_keys(key_arrays(some, key), len(row)), only))
+    """The versions that have a group key (one of `only`), and that may be in a window of that length after `since`."""
+    row = alive(facts, over, length, since)
+    keys, codes = grouped(within(names_of(facts, key, row), only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
     first = row[first_rows(keys, codes)]
     return Group(keys, first, codes, over[row], row, facts.known_from[row], facts.known_to[row])
+
+
+def alive(facts: Versions, over: np.ndarray, length: int, since: int) -> np.ndarray:
+    """Positions of the versions that have a time `over`, and whose span in a window of that length may end after `since`."""
+    ends = (facts.known_to > since) & (over > max(since - length, MISSING))
+    return np.flatnonzero(ends & (over != MISSING) & (facts.known_from < facts.known_to))
+
+
+def names_of(facts: Versions, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """Text key of some rows."""
+    some = facts.table.select([*key])
+    some = some if len(rows) == some.num_rows else some.take(pa.array(rows))
+    return text_keys(key_arrays(some, key), len(rows))
+
+
+def in_ranges(facts: Facts, name: str, since: int) -> Iterator[tuple[Facts, bool]]:
+    """The facts that a view needs for t ≥ since, in the order of its keys, about RANGE of them at once; and which are the last.
+
+    Those of one key come together; what few facts or a chain are made of comes at once.
+    """
+    shape = facts.spec.features.views[name].shape
+    if isinstance(shape, Chain) or facts.tables[shape.source].num_rows <= RANGE:
+        yield facts, True
+    else:
+        with facts.large:
+            yield from _in_ranges(facts, shape, since)
+
+
+def _in_ranges(facts: Facts, shape: Window | Open | Latest, since: int) -> Iterator[tuple[Facts, bool]]:
+    v = facts.versions(shape.source)
+    rows = np.arange(len(v.fact)) if isinstance(shape, Latest) else alive(v, facts.over(shape), longest(shape), since)
+    if (count := -(-len(rows) // RANGE)) <= 1:
+        yield facts, True
+        return
+    sample = names_of(v, shape.key, np.random.default_rng(0).choice(rows, 200 * count))
+    sample = sample.take(pc.sort_indices(sample)).drop_null()
+    bounds = [sample[len(sample) * i // count] for i in range(1, count) if len(sample)]
+    place = np.full(len(v.fact), count, np.uint16)
+    for some in np.split(rows, range(RANGE, len(rows), RANGE)):
+        names = names_of(v, shape.key, some)
+        place[some] = sum((true(pc.greater_equal(names, bound)) for bound in bounds), np.zeros(len(some), np.uint16))
+    del rows, some, names
+    for i in range(count):
+        yield facts.of_rows(shape.source, np.flatnonzero(place == i)), i == count - 1
 
 
 def within(names: pa.Array, only: pa.Array | None) -> pa.Array:
@@ -367,8 +410,8 @@ def build_views(
             moved = replace(steps, t=steps.t + (stored.length if stored.kind == "ago" else 0))
             yield stored, step_table(stored, moved, v.table, first)
         return
-    over = facts.times(shape.source, shape.over or str(source.event_time))
-    group = group_versions(v, shape.key, over, over + longest(shape), since, only)
+    over = facts.over(shape)
+    group = group_versions(v, shape.key, over, longest(shape), since, only)
     if isinstance(shape, Window):
         of = window_facts(source, shape, v, group)
         for stored in views:
