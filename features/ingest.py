@@ -285,16 +285,16 @@ def values_digest(table: pa.Table) -> str:
     for name in sorted(table.column_names):
         column = one_chunk(table[name])
         sha.update(f"{name}:{column.type}:{len(column)}".encode())
-        sha.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)))
+        sha.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).data)
         if pa.types.is_string(column.type):
-            sha.update(filled(pc.binary_length(column), 0))
+            sha.update(filled(pc.binary_length(column), 0).data)
             sha.update(_text(column.fill_null("")))
         elif pa.types.is_timestamp(column.type):
-            sha.update(filled(column.cast(pa.int64()), 0))
+            sha.update(filled(column.cast(pa.int64()), 0).data)
         elif pa.types.is_floating(column.type):
-            sha.update(filled(column, 0.0) + 0.0)  # −0.0 is 0.0
+            sha.update((filled(column, 0.0) + 0.0).data)  # −0.0 is 0.0
         else:
-            sha.update(filled(column, False if pa.types.is_boolean(column.type) else 0))
+            sha.update(filled(column, False if pa.types.is_boolean(column.type) else 0).data)
     return sha.hexdigest()
 
 

@@ -10,6 +10,7 @@ Times are int64 µs UTC. Shapes: N facts known, K keys.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from features.facts import Facts, int_times
 from features.keys import KNOWN, grouped, key_runs, one_chunk
 from features.steps import KEY, TIME
 from features.views import Stored, longest, others_of, stored_of
-from features.windows import build_views, in_ranges, stamps
+from features.windows import RANGE, build_views, in_ranges, stamps
 from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.spec import Open, View, Window
 
@@ -65,10 +66,11 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
     left = begins[done:]
     growing = {part_file(s.name, begin): Part(folder / part_file(s.name, begin)) for s in stored for begin in left}
     first = left[0] if left[0] == MISSING else left[0] - 1
-    for some, last in in_ranges(facts, name, first):
-        for s, table in build_views(some, name, first):
-            for begin, rows in zip(left, cut(s, table, left), strict=True):
-                growing[part_file(s.name, begin)].add(rows, last=last)
+    with facts.large if facts.tables[view.shape.source].num_rows > RANGE else nullcontext():
+        for some, last in in_ranges(facts, name, first):
+            for s, table in build_views(some, name, first):
+                for begin, rows in zip(left, cut(s, table, left), strict=True):
+                    growing[part_file(s.name, begin)].add(rows, last=last)
     return {s.name: sum(pq.read_metadata(folder / part_file(s.name, b)).num_rows for b in begins) for s in stored}
 
 
@@ -150,10 +152,10 @@ class Part:
         while (rows := sum(some.num_rows for some in self._rest)) > GROUP:
             self._write(GROUP)
         if last:
-            self._write(rows)
-            self._file.close()
+            self._write(rows).close()
+            self._rest.clear()
 
-    def _write(self, rows: int) -> None:
+    def _write(self, rows: int) -> pq.ParquetWriter:
         table = pa.concat_tables(self._rest)
         self._rest, table = [table.slice(rows)], table.slice(0, rows).unify_dictionaries().combine_chunks()
         for i, column in enumerate(table.columns):
@@ -168,6 +170,7 @@ class Part:
                 column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
             )  # fmt: skip
         self._file.write_table(table)
+        return self._file
 
 
 def write_part(table: pa.Table, path: Path) -> None:

@@ -29,7 +29,7 @@ from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_
 from features.views import EWM, Stored, held, longest, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
-from pipelines.spec import Ewm, Latest, Open, Source, Window
+from pipelines.spec import Ewm, Latest, Source, Window
 from pipelines.spec import Sequence as Chain
 
 RANGE = 500_000  # facts that a view is built from at once
@@ -82,12 +82,7 @@ def in_ranges(facts: Facts, name: str, since: int) -> Iterator[tuple[Facts, bool
     shape = facts.spec.features.views[name].shape
     if isinstance(shape, Chain) or facts.tables[shape.source].num_rows <= RANGE:
         yield facts, True
-    else:
-        with facts.large:
-            yield from _in_ranges(facts, shape, since)
-
-
-def _in_ranges(facts: Facts, shape: Window | Open | Latest, since: int) -> Iterator[tuple[Facts, bool]]:
+        return
     v = facts.versions(shape.source)
     rows = np.arange(len(v.fact)) if isinstance(shape, Latest) else alive(v, facts.over(shape), longest(shape), since)
     if (count := -(-len(rows) // RANGE)) <= 1:
