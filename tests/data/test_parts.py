@@ -97,7 +97,7 @@ def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
 def test_a_view_that_is_built_in_ranges_of_its_keys_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "GROUP", 7)
     several = groups = 0
-    for seed in range(4_000, 4_012):
+    for seed in range(4_000, 4_008):
         world = make_world(seed, tmp_path / str(seed))
         whole, ranges = (tmp_path / str(seed) / name for name in ("whole", "ranges"))
         write_views(world.spec, world.tables, whole)
