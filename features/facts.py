@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, rows_among, text_keys, true
 from pipelines.clock import MISSING, NEVER
-from pipelines.spec import Condition, Source, Spec
+from pipelines.spec import Condition, Open, Source, Spec, Window
 
 T = TypeVar("T")
 Columns = dict[str, np.ndarray]
@@ -64,6 +64,7 @@ class Facts:
 
     def __init__(self, spec: Spec, tables: Mapping[str, pa.Table]) -> None:
         self.spec, self.tables = spec, tables
+        self.large = threading.Lock()  # held while a view is built of many facts: one at a time, on any number of cores
         self._made: dict[tuple[object, ...], object] = {}
         self._lock = threading.RLock()
 
@@ -76,6 +77,14 @@ class Facts:
 
     def versions(self, source: str) -> Versions:
         return self.once(("versions", source), lambda: versions(self.tables[source], self.spec.sources[source]))
+
+    def of_rows(self, source: str, rows: np.ndarray) -> "Facts":
+        """These facts, but of one source only some rows, each with the life that it has among all."""
+        v = self.versions(source)
+        life = Versions(v.table.take(pa.array(rows)), v.fact[rows], v.known_from[rows], v.known_to[rows])
+        some = Facts(self.spec, {**self.tables, source: life.table})
+        some.once(("versions", source), lambda: life)
+        return some
 
     def names(self, source: str, key: Sequence[str]) -> pa.Array:
         """Text key of each row of a source."""
@@ -112,10 +121,14 @@ class Facts:
         """`holds` of a column of a source."""
         return self.once(("holds", source, condition), lambda: holds(condition, self.tables[source][condition.column]))
 
+    def over(self, shape: Window | Open) -> np.ndarray:
+        """µs of the time of each row that the windows of a view lie over, MISSING where null."""
+        return self.times(shape.source, shape.over or str(self.spec.sources[shape.source].event_time))
+
     def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""
         key, table = self.spec.sources[source].key, self.tables[source]
-        if len(rows) > table.num_rows // 4:
+        if len(rows) > max(self.tables[name].num_rows for name in (source, *closed_by)) // 4:
 
             def make() -> np.ndarray:
                 every = [(self.names(c, key), int_times(self.tables[c][KNOWN])) for c in closed_by]

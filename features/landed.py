@@ -69,6 +69,7 @@ def read_landed(name: str, data: bytes, source: Source, *, timed: bool) -> tuple
             columns[column] = _parsed(where, column, found, declared.type)
         else:
             columns[column] = _typed(at, found.columns[column], declared.type)
+        found.columns.pop(column, None)  # freed as it is read
     table = pa.table(columns)
     if source.key == ("row_digest",) and not timed:
         table = table.append_column("row_digest", _row_digests(table))

@@ -13,6 +13,7 @@ Times are int64 µs UTC. Shapes: N facts known, K keys.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from features.facts import Facts, int_times
 from features.keys import KNOWN, grouped, key_runs, one_chunk
 from features.steps import KEY, TIME
 from features.views import Stored, others_of, reach, stored_of
-from features.windows import build_views, stamps
+from features.windows import RANGE, build_views, in_ranges, stamps
 from pipelines.clock import DAY_US, MISSING, NEVER
 from pipelines.spec import Latest, Open, Window
 from pipelines.spec import Sequence as Chain
 
+GROUP = 2**18  # rows of a part that are written, and read, at once
 FACTS = 25_000  # a part has at least so many facts of its source, or a fiftieth of those before it
 
 
@@ -66,10 +68,13 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
             _link(base.folder / file, folder / file)
         done += 1
     left = begins[done:]
+    growing = {part_file(s.name, begin): Part(folder / part_file(s.name, begin)) for s in stored for begin in left}
     first = left[0] if left[0] == MISSING else left[0] - (shape.within if isinstance(shape, Chain) else 1)
-    for s, table in build_views(facts, name, first):
-        for begin, part in zip(left, cut(s, shape, table, left), strict=True):
-            write_part(part, folder / part_file(s.name, begin))
+    with facts.large if facts.tables[shape.source].num_rows > RANGE else nullcontext():
+        for some, last in in_ranges(facts, name, first):
+            for s, table in build_views(some, name, first):
+                for begin, rows in zip(left, cut(s, shape, table, left), strict=True):
+                    growing[part_file(s.name, begin)].add(rows, last=last)
     return {s.name: sum(pq.read_metadata(folder / part_file(s.name, b)).num_rows for b in begins) for s in stored}
 
 
@@ -121,12 +126,7 @@ def cut(
         t = np.maximum(t[row], (np.maximum(begins, MISSING + 1) - 1)[part])
         table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(t))
     at = np.searchsorted(part, np.arange(len(begins) + 1))
-    for i, size in enumerate(np.diff(at)):
-        some = table.slice(at[i], size)
-        for j, column in enumerate(some.columns):
-            if pa.types.is_dictionary(column.type):
-                some = some.set_column(j, some.column_names[j], _compact(one_chunk(column)))
-        yield some
+    yield from (table.slice(at[i], size) for i, size in enumerate(np.diff(at)))
 
 
 def _compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
@@ -147,15 +147,46 @@ def part_file(view: str, begin: int) -> str:
     return f"views/{view}/{max(begin, 0):020d}.parquet"
 
 
+class Part:
+    """A part whose rows come in order, some at a time: its file is the same whatever they come in.
+
+    Sorted integers as packed differences, everything else as codes of a dictionary: small without compression.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rest = path, list[pa.Table]()
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table, *, last: bool) -> None:
+        """Takes more rows, and writes them as far as they fill row groups; the last also where they do not."""
+        self._rest.append(table)
+        while (rows := sum(some.num_rows for some in self._rest)) > GROUP:
+            self._write(GROUP)
+        if last:
+            self._write(rows).close()
+            self._rest.clear()
+
+    def _write(self, rows: int) -> pq.ParquetWriter:
+        table = pa.concat_tables(self._rest)
+        self._rest, table = [table.slice(rows)], table.slice(0, rows).unify_dictionaries().combine_chunks()
+        for i, column in enumerate(table.columns):
+            if pa.types.is_dictionary(column.type):
+                table = table.set_column(i, table.column_names[i], _compact(one_chunk(column)))
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
+            self._file = pq.ParquetWriter(
+                self._path, table.schema, compression="none", write_statistics=False, store_schema=False,
+                use_dictionary=[name for name in table.column_names if name not in packed],
+                column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
+            )  # fmt: skip
+        self._file.write_table(table)
+        return self._file
+
+
 def write_part(table: pa.Table, path: Path) -> None:
-    """Sorted integers as packed differences, everything else as codes of a dictionary: small without compression."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
-    pq.write_table(
-        table, path, compression="none", write_statistics=False, store_schema=False,
-        use_dictionary=[name for name in table.column_names if name not in packed],
-        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
-    )  # fmt: skip
+    """Writes a part as it is."""
+    Part(path).add(table, last=True)
 
 
 def _link(old: Path, new: Path) -> None:

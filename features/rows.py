@@ -167,14 +167,15 @@ def online_rows(spec: Spec, tables: Mapping[str, pa.Table], now: int) -> pa.Tabl
     the columns. Raises Refused for keys that are not exact as numbers."""
     _refuse_large_keys(spec, tables[spec.rows.source])
     v = versions(tables[spec.rows.source], spec.row_source)
-    table = v.table.select([*spec.row_source.columns])
-    for name, values in (("_live_from", v.known_from), ("_live_to", v.known_to)):
+    table, times = v.table, {"_live_from": v.known_from, "_live_to": v.known_to}
+    for name, values in times.items():
         table = table.append_column(name, pa.array(values))
     if spec.predict_at is not None:
-        due = int_times(v.table[spec.predict_at.column])
+        due = int_times(table[spec.predict_at.column])
         table = table.filter(pa.array((due >= now - RECENT) | (due == MISSING)))
     names = text_keys(key_arrays(table, spec.row_key), table.num_rows)
     closing = {name: tables[name].take(pa.array(rows_among(tables[name], spec.row_key, table))) for name in spec.closed_by}
     closed = first_known(names, closing_facts(spec, closing))
-    table = table.append_column("_closed_at", pa.array(closed)).append_column(KEY, names).filter(pc.is_valid(names))
+    table = table.append_column(KEY, names).append_column("_closed_at", pa.array(closed)).filter(pc.is_valid(names))
+    table = table.select([*spec.row_source.columns, KEY, *times, "_closed_at"])
     return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()

@@ -15,7 +15,7 @@ before the watermark. All times are int64 µs UTC, all sums int64.
 Shapes: N facts or steps, Q queries, K keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.facts import Columns, Facts, Versions, floats, int_times
-from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
+from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys, true
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
 from features.views import EWM, Stored, held, reach, resolution, stored_of
@@ -32,6 +32,8 @@ from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Ewm, Latest, Open, Source, Window
 from pipelines.spec import Sequence as Chain
+
+RANGE = 500_000  # facts that a view is built from at once
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,55 @@ class Group:
 
 def group_versions(facts: Facts, shape: Window | Open, since: int, only: pa.Array | None = None) -> Group:
     """The versions that have a group key (one of `only`, distinct) and a time, and that may be in a window after `since`."""
-    v = facts.versions(shape.source)
-    over = facts.times(shape.source, shape.over or str(facts.spec.sources[shape.source].event_time))
-    those = (shape.source, shape.over, reach(shape), since)  # views that have them in common share their texts
-
-    def alive() -> np.ndarray:
-        ends = np.minimum(v.known_to, over + reach(shape))
-        return np.flatnonzero((over != MISSING) & (v.known_from < v.known_to) & (ends > since))
-
-    def texts(name: str) -> pa.Array:
-        return text_keys([v.table[name] if len(row) == len(over) else v.table[name].take(pa.array(row))], len(row))
-
-    row = facts.once(("alive", *those), alive)
-    names = text_keys([facts.once(("texts", *those, name), partial(texts, name)) for name in shape.key], len(row))
+    v, over, length = facts.versions(shape.source), facts.over(shape), reach(shape)
+    those = (shape.source, shape.over, length, since)  # views that have them in common share their texts
+    row = facts.once(("alive", *those), lambda: alive(v, over, length, since))
+    texts = [facts.once(("texts", *those, name), partial(names_of, v, (name,), row)) for name in shape.key]
+    names = text_keys(texts, len(row))
     keys, codes = grouped(names) if only is None else (only, codes_of(names, only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
     return Group(keys, codes, over[row], row, v.known_from[row], v.known_to[row])
+
+
+def alive(facts: Versions, over: np.ndarray, length: int, since: int) -> np.ndarray:
+    """Positions of the versions that have a time `over`, and whose span in a window of that length may end after `since`."""
+    ends = (facts.known_to > since) & (over > max(since - length, MISSING))
+    return np.flatnonzero(ends & (over != MISSING) & (facts.known_from < facts.known_to))
+
+
+def names_of(facts: Versions, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """Text key of some rows."""
+    some = facts.table.select([*key])
+    some = some if len(rows) == some.num_rows else some.take(pa.array(rows))
+    return text_keys(key_arrays(some, key), len(rows))
+
+
+def in_ranges(facts: Facts, name: str, since: int) -> Iterator[tuple[Facts, bool]]:
+    """The facts that a view needs for t ≥ since, in the order of its keys, about RANGE of them at once; and which are the last.
+
+    Those of one key come together; what few facts or a chain are made of comes at once.
+    """
+    shape = facts.spec.features.views[name].shape
+    if isinstance(shape, Chain) or facts.tables[shape.source].num_rows <= RANGE:
+        yield facts, True
+        return
+    v = facts.versions(shape.source)
+    rows = np.arange(len(v.fact)) if isinstance(shape, Latest) else alive(v, facts.over(shape), reach(shape), since)
+    if (count := -(-len(rows) // RANGE)) <= 1:
+        yield facts, True
+        return
+    sample = names_of(v, shape.key, np.random.default_rng(0).choice(rows, 200 * count))
+    sample = sample.take(pc.sort_indices(sample)).drop_null()
+    bounds = [sample[len(sample) * i // count] for i in range(1, count) if len(sample)]
+    place = np.full(len(v.fact), count, np.uint16)
+    for some in np.split(rows, range(RANGE, len(rows), RANGE)):
+        names = names_of(v, shape.key, some)
+        place[some] = sum((true(pc.greater_equal(names, bound)) for bound in bounds), np.zeros(len(some), np.uint16))
+    del rows, some, names
+    for i in range(count):
+        yield facts.of_rows(shape.source, np.flatnonzero(place == i)), i == count - 1
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
