@@ -264,7 +264,7 @@ class AsofOfflineStore(OfflineStore):
 
         columns, keyed = [*join_key_columns, *feature_name_columns, *stamps], [*join_key_columns, *stamps]
         pulled = _pulled(config, data_source, columns, timestamp_field, start_date, end_date, keyed, latest)
-        return _as_job(config, pulled if join_key_columns else lambda most: map(_with_dummy, pulled(most)))
+        return _as_job(config, pulled, keyless=not join_key_columns)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -275,7 +275,8 @@ class AsofOfflineStore(OfflineStore):
         """Every row with its event in [start_date, end_date]."""
         columns = [*join_key_columns, *feature_name_columns, timestamp_field]
         columns += [created_timestamp_column] if created_timestamp_column else []
-        return _as_job(config, _pulled(config, data_source, columns, timestamp_field, start_date, end_date))
+        pulled = _pulled(config, data_source, columns, timestamp_field, start_date, end_date)
+        return _as_job(config, pulled, keyless=not join_key_columns)
 
     @staticmethod
     def offline_write_batch(
@@ -369,8 +370,8 @@ def _pulled(
     return run
 
 
-def _as_job(config: RepoConfig, rows: Callable[[int], Iterator[pa.Table]]) -> AsofRetrievalJob:
-    return AsofRetrievalJob(rows, lambda: Join((), ()), config)
+def _as_job(config: RepoConfig, rows: Callable[[int], Iterator[pa.Table]], *, keyless: bool) -> AsofRetrievalJob:
+    return AsofRetrievalJob((lambda most: map(_with_dummy, rows(most))) if keyless else rows, lambda: Join((), ()), config)
 
 
 def _with_dummy(table: pa.Table) -> pa.Table:
