@@ -400,12 +400,18 @@ def _entity_rows(config: RepoConfig, entity_df: pd.DataFrame | str, rows: int) -
 
 
 def _time_column(rows: pa.Table) -> str:
-    """`event_timestamp`, or else the only column of times. Raises EntityTimestampInferenceException."""
+    """`event_timestamp`, or else the only column of times.
+
+    Raises EntityTimestampInferenceException where there is none, MillraceError where it holds something else.
+    """
     stamps = [f.name for f in rows.schema if pa.types.is_timestamp(f.type)]
     if DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL in rows.column_names or len(stamps) != 1:
         stamps = [DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL]
     if stamps[0] not in rows.column_names:
         raise EntityTimestampInferenceException(DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL)
+    kind = rows[stamps[0]].type
+    if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind)):
+        raise MillraceError(f"entity column {stamps[0]!r} is {kind}, expected times: convert it (pandas.to_datetime, CAST)")
     return stamps[0]
 
 
@@ -582,5 +588,5 @@ def _as_stored(rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     try:
         return rows[name].cast(kind)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise MillraceError(f"entity column {name!r} is {rows[name].type}, the source has {kind}: {error}") from None
