@@ -584,7 +584,7 @@ def test_errors_say_what_is_wrong(one: FeatureStore, repo: Path) -> None:
         refused(one, good.assign(x=1.0))
     with pytest.raises(MillraceError, match="entity column 'k' is string"):
         refused(one, good.assign(k="a"))
-    with pytest.raises(MillraceError, match="entity column 'k' is date32.*source has int64"):
+    with pytest.raises(MillraceError, match=r"entity column 'k' is date32.*source has int64"):
         refused(one, good.assign(k=date(2024, 1, 1)))
     with pytest.raises(MillraceError, match="entity column 'event_timestamp' is string, expected times"):
         refused(one, good.assign(event_timestamp="2024-01-01 10:00:00"))
