@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -73,6 +74,23 @@ def through_feast(store: FeatureStore, spec: Any, own: Columns, rows: int) -> di
                         columns[n][i] = value
         found.setdefault(stored.view, {})[stored.name] = columns
     return found
+
+
+def test_a_registry_that_feast_has_emptied_is_made_again(tmp_path: Path) -> None:
+    """`feast apply` in a folder without definitions deletes whatever is registered."""
+    world = make_world(3010, tmp_path)
+    built = build_features(world.spec, world.home, world.snapshot)
+    folder, store = world.home.root / built.path, open_feast(world.home, built)
+    keys = [c for v in store.list_feature_views() for c in v.join_keys if c != "__dummy_id"]
+    entities = pd.DataFrame({"event_timestamp": [NOON], **{key: [None] for key in keys}})
+    if order := next((v.tags["millrace.order"] for v in store.list_feature_views() if "millrace.order" in v.tags), ""):
+        entities[order] = NOON
+    store.get_historical_features(entities, store.get_feature_service(world.spec.pipeline), full_feature_names=True).to_arrow()
+    made = folder.stat().st_ino
+    assert build_features(world.spec, world.home, world.snapshot) == built and folder.stat().st_ino == made
+    store.apply([], objects_to_delete=[*store.list_feature_views(), *store.list_feature_services()], partial=False)
+    assert build_features(world.spec, world.home, world.snapshot) == built
+    assert open_feast(world.home, built).get_feature_service(world.spec.pipeline).feature_view_projections
 
 
 # Views of Feast's own
