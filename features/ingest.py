@@ -327,10 +327,11 @@ def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> _Merged:
     if not source.quarantine and clash.any():
         at = int(np.flatnonzero(clash)[0])
         fact = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[origin[at]][0][:12], objects[origin[at - 1]][0][:12]})
+        shas, files = {objects[origin[at]][0], objects[origin[at - 1]][0]}, _files_of(spec, home)
+        places = sorted(f"{files.get(sha, 'no landing file')} (object {sha[:12]})" for sha in shas)
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
-            f"such as {fact} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            f"such as {fact} known at {table[KNOWN][at]} in {' and '.join(places)}; "
             "a correction needs a later known-at"
         )
     once = table.filter(pa.array(~equal)).combine_chunks() if equal.any() else table
