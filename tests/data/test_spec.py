@@ -10,6 +10,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from features.frame import feature_list
+from features.propose import propose
 from features.rows import prediction_rows
 from pipelines.clock import duration_us
 from pipelines.errors import Refused, UsageError
@@ -259,6 +260,12 @@ def test_two_features_of_one_name(folder: Path) -> None:
     twice = ["features.calendar.parts=[hour]", "features.derived.local_hour={minutes: [placed_at, due]}"]
     with pytest.raises(UsageError, match="orders: two features are named 'local_hour': rename one"):
         feature_list(load_spec(str(folder / "orders.yaml"), twice))
+
+
+def test_a_source_may_be_named_as_the_rows_are(folder: Path) -> None:
+    source = "{key: [shop, at], event_time: at, known_at: {lag: 0s}, columns: {shop: string, at: timestamp, load: float64}}"
+    spec = load_spec(str(folder / "orders.yaml"), [f"sources.rows={source}", "features=auto"])
+    assert "rowsx" in propose(spec).spec.features.views
 
 
 def test_every_mistake_is_named_at_once(folder: Path) -> None:
