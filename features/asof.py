@@ -550,11 +550,11 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
     finds, first = [_of_part(view, table) for table, _ in read], np.cumsum([0, *(table.num_rows for table, _ in read)])
 
     def find(rows: pa.Table) -> np.ndarray:
-        """Each row in the part that is right for its time."""
+        """Each row in the part that is right for its time, or for the order of its plan."""
         names, (t, _) = text_keys(keys_of(rows), rows.num_rows).dictionary_encode(), instants(rows[_time_column(rows)], "us")
         code = filled(names.indices, len(names.dictionary))
         own = int_times(rows[view.tags["millrace.order"]]) if kind == "sequence" else t
-        found, part = np.full(rows.num_rows, -1), np.searchsorted(begins, t, side="right") - 1
+        found, part = np.full(rows.num_rows, -1), np.searchsorted(begins, own, side="right") - 1
         for i in np.unique(part[part >= 0]):
             here = np.flatnonzero(part == i)
             at = finds[i](names.dictionary, code[here], t[here], own[here])

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, text_keys, true
+from features.keys import KNOWN, codes_of, filled, grouped, key_arrays, one_chunk, rows_among, text_keys, true
 from pipelines.clock import MISSING, NEVER
 from pipelines.spec import Condition, Source, Spec
 
@@ -85,6 +85,24 @@ class Facts:
     def times(self, source: str, column: str) -> np.ndarray:
         """µs of a time column of a source, MISSING where null."""
         return self.once(("times", source, column), lambda: int_times(self.tables[source][column]))
+
+    def touched(self, new: Mapping[str, pa.Table], source: str, others: Sequence[str], joined: Sequence[str] = ()) -> np.ndarray:
+        """Rows of a source that `new` facts touch, also those of `others`, which are `joined` to it: all versions of a fact."""
+        key = self.spec.sources[source].key
+        by = ((source, *key), *((other, *(joined or key)) for other in others))
+
+        def make() -> np.ndarray:
+            found = [rows_among(self.tables[source], key, new[name]) for name, *key in by if name in new]
+            return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+        return self.once(("touched", source, *by), make)
+
+    def narrowed(self, source: str, rows: np.ndarray, others: Sequence[str], joined: Sequence[str] = ()) -> "Facts":
+        """The facts that these rows of a source belong to, with all their versions, and of `others` what is joined to them."""
+        key = joined or self.spec.sources[source].key
+        some = self.tables[source].filter(pa.array(self.versions(source).whole(rows)))
+        joint = {name: self.tables[name].take(pa.array(rows_among(self.tables[name], key, some))) for name in others}
+        return Facts(self.spec, {**joint, source: some})
 
     def closed_at(self, source: str, closed_by: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """When a fact with the key of each of these rows was first known in any of the closing sources (rows)."""

@@ -92,11 +92,22 @@ def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
         columns = [*dict.fromkeys((KEY, *layout.times, *layout.numbers, *layout.words))]
-        rows = features / "online_rows.parquet"
-        found = by_key(rows, columns) if layout.view == ROWS else view_by_key(features, layout.view, anchor, columns)
+        if layout.view == ROWS:
+            found = by_key(features / "online_rows.parquet", columns)
+        else:
+            found = view_by_key(features, layout.view, _first(spec, layout, anchor), columns)
         for table in found:
             for key, packed in _packed(spec, layout, table, anchor):
                 yield layout.view, key, packed
+
+
+def _first(spec: Spec, layout: Layout, anchor: int) -> int:
+    """From which time on, or order of plans, a view is needed from the anchor on."""
+    if layout.times[0] != "_order":
+        return anchor
+    shape = spec.features.views[layout.view].shape
+    assert isinstance(shape, Chain)
+    return anchor - RECENT - shape.within
 
 
 def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterator[tuple[str, bytes]]:
@@ -104,9 +115,7 @@ def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterato
     if layout.view == ROWS:
         table = table.filter(pc.greater(table["_live_to"], anchor))
     elif layout.times[0] == "_order":
-        shape = spec.features.views[layout.view].shape
-        assert isinstance(shape, Chain)
-        near = pc.greater_equal(table["_order"], anchor - RECENT - shape.within)
+        near = pc.greater_equal(table["_order"], _first(spec, layout, anchor))
         table = table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor)))
     elif table.num_rows:
         later = int_times(table[TIME]) > anchor
@@ -129,44 +138,25 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     """The cells, right from `anchor` (µs) on, that the facts `new` (source → rows) change; `tables` hold them too."""
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
-        source, others, joined = view.shape.source, others_of(view.shape), spec.sources[view.shape.source].key
-        touched = _touched(every, new, source, others, joined)
+        source, others = view.shape.source, others_of(view.shape)
+        touched = every.tables[source].take(pa.array(every.touched(new, source, others)))
         keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
         if not len(keys):
             continue
-        facts = every
+        facts, since = every, anchor
         if isinstance(view.shape, Chain):
-            facts = Facts(spec, _facts_of(every, source, view.shape.key, touched, others, joined))
-        for stored, table in build_views(facts, name, anchor, only=keys):
+            facts = every.narrowed(source, rows_among(every.tables[source], view.shape.key, touched), others)
+            since = _first(spec, packing[name], anchor)
+        for stored, table in build_views(facts, name, since, only=keys):
             yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source, key = spec.rows.source, spec.row_key
-    touched = _touched(every, new, source, spec.closed_by, key)
+    touched = every.tables[source].take(pa.array(every.touched(new, source, spec.closed_by, key)))
     keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
     if len(keys):
-        table = online_rows(spec, _facts_of(every, source, key, touched, spec.closed_by, key), anchor)
+        asked = every.narrowed(source, rows_among(every.tables[source], key, touched), spec.closed_by, key)
+        table = online_rows(spec, asked.tables, anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
         yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
-
-
-def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> pa.Table:
-    """The rows of a source that new facts touch, also those of `others`, which are `joined` to it: all versions of a fact."""
-    table, by = every.tables[source], ((source, *every.spec.sources[source].key), *((other, *joined) for other in others))
-
-    def make() -> pa.Table:
-        found = [rows_among(table, key, new[name]) for name, *key in by if name in new]
-        return table.take(pa.array(np.unique(np.concatenate([[], *found])), pa.int64()))
-
-    return every.once(("touched", source, *by), make)
-
-
-def _facts_of(
-    every: Facts, source: str, key: Sequence[str], touched: pa.Table, others: Sequence[str], joined: Sequence[str]
-) -> Tables:  # fmt: skip
-    """All facts that ever had the key of one that is touched, with all their versions, and of `others` what joins them."""
-    table = every.tables[source]
-    some = table.filter(pa.array(every.versions(source).whole(rows_among(table, key, touched))))
-    joint = {name: every.tables[name].take(pa.array(rows_among(every.tables[name], joined, some))) for name in others}
-    return {**joint, source: some}
 
 
 def _of_keys(view: str, keys: pa.Array, packed: Iterator[tuple[str, bytes]]) -> Iterator[Change]:

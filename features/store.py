@@ -18,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.facts import Columns, Facts, int_times
+from features.facts import Columns, Facts
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, facts_since, grew_from, newest, read_snapshot, read_table
-from features.keys import KNOWN, filled, one_chunk
+from features.keys import filled, one_chunk
 from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
 from features.parts import Base, write_parts
 from features.rows import online_rows
 from features.steps import TIME
 from features.views import absent, stored_views
-from pipelines.clock import DAY_US, MISSING, NEVER
+from pipelines.clock import DAY_US, MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
@@ -143,11 +143,8 @@ def _base(spec: Spec, home: Home, snapshot: Snapshot, folders: Path, tables: Map
     if not older:
         return None
     since, folder, files = max(older, key=lambda item: (item[0].watermark_us, item[1].name))
-    fresh = {}
-    for name, table in tables.items():
-        known = int_times(facts_since(spec, home, snapshot, since, name, table)[KNOWN])
-        fresh[name] = int(known.min(initial=NEVER))
-    return Base(folder, frozenset(files), fresh)
+    new = {name: facts_since(spec, home, snapshot, since, name, table) for name, table in tables.items()}
+    return Base(folder, frozenset(files), new)
 
 
 def _summary(spec: Spec, folder: Path, rows: Mapping[str, int]) -> None:

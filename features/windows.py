@@ -26,7 +26,7 @@ from features.facts import Columns, Facts, Versions, floats, holds, int_times
 from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
-from features.views import EWM, Stored, held, longest, resolution, stored_of
+from features.views import EWM, Stored, held, reach, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
 from pipelines.spec import Ewm, Latest, Source, Window
@@ -314,8 +314,11 @@ def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, 
 def sequence_table(facts: Facts, shape: Chain, since: int) -> pa.Table:
     """The plans of each chain with what was known of them: one row per plan and state, live for [live_from, live_to).
 
-    Sorted by chain key, `order`, and which of equal ones counts (known last, then greatest fact key).
+    At least the states with `order` ≥ since. Sorted by chain key, `order`, and which of equal ones counts (known last, then
+    greatest fact key).
     """
+    if since != MISSING:
+        facts = facts.narrowed(shape.source, facts.times(shape.source, shape.order) >= since, tuple(shape.facts))
     plans, plan_key = facts.versions(shape.source), facts.spec.sources[shape.source].key
     others = {name: facts.versions(name) for name in shape.facts}
     keys = facts.names(shape.source, plan_key).take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
@@ -332,7 +335,7 @@ def sequence_table(facts: Facts, shape: Chain, since: int) -> pa.Table:
     due = int_times(plans.table[shape.order])[np.maximum(plan, 0)] if len(plan) else plan
     chains, chain_of = grouped(text_keys(key_arrays(plans.table, shape.key), plans.table.num_rows))
     chain = np.where(plan >= 0, chain_of[np.maximum(plan, 0)], -1) if len(plan) else plan
-    kept = np.flatnonzero((chain >= 0) & (due != MISSING) & (until > since))
+    kept = np.flatnonzero((chain >= 0) & (due != MISSING))
     known = plans.known_from[plan[kept]]
     kept = kept[np.lexsort((known, due[kept], chain[kept]))]  # ties: by fact, then time, as they are
     code, t, until, due, chain, at = (x[kept] for x in (code, t, until, due, chain, plan))
@@ -354,7 +357,7 @@ def build_views(
     """The stored tables of a view of the spec, right for every t ≥ since; of all keys, or of `only` these (a chain of all).
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
-    `sequence_table` gives it.
+    `sequence_table` gives it, and right for every order ≥ since.
     """
     view = facts.spec.features.views[name]
     shape, views = view.shape, stored_of(facts.spec, name, view)
@@ -370,7 +373,7 @@ def build_views(
             yield stored, step_table(stored, moved, v.table, first)
         return
     over = facts.times(shape.source, shape.over or str(source.event_time))
-    group = group_versions(v, shape.key, over, over + longest(shape), since, only)
+    group = group_versions(v, shape.key, over, over + reach(shape), since, only)
     if isinstance(shape, Window):
         of = window_facts(source, shape, v, group)
         for stored in views:

@@ -12,8 +12,9 @@ import pytest
 from features import feed as feeding
 from features import online, rows
 from features.cells import open_cells
+from features.facts import Facts, int_times
 from features.feed import changed_cells, feed, feed_changes, recent
-from features.keys import rows_among
+from features.keys import KNOWN
 from features.online import OnlineStore, serve_features
 from features.store import write_views
 from pipelines.clock import NEVER, Anchor
@@ -87,25 +88,26 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def closers_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = feeding._touched
-    monkeypatch.setattr(feeding, "_touched", lambda every, new, source, others, joined: honest(every, new, source, (), joined))
+    honest = Facts.touched
+    monkeypatch.setattr(Facts, "touched", lambda every, new, source, others, *joined: honest(every, new, source, (), *joined))
 
 
 def where_a_fact_was_before_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = feeding._touched
+    def mutant(every, new, source, others, *joined, honest=Facts.touched):  # type: ignore[no-untyped-def]
+        found = honest(every, new, source, others, *joined)
+        if source not in new:
+            return found
+        return found[np.isin(int_times(every.tables[source][KNOWN])[found], int_times(new[source][KNOWN]))]
 
-    def mutant(every, new, source, others, joined):  # type: ignore[no-untyped-def]
-        return honest(every, new, source, others, joined) if source not in new else new[source]
-
-    monkeypatch.setattr(feeding, "_touched", mutant)
+    monkeypatch.setattr(Facts, "touched", mutant)
 
 
 def other_versions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mutant(every, source, key, touched, others, joined, honest=feeding._facts_of):  # type: ignore[no-untyped-def]
-        some = every.tables[source].take(pa.array(rows_among(every.tables[source], key, touched)))
-        return {**honest(every, source, key, touched, others, joined), source: some}
+    def mutant(every, source, rows, others, *joined, honest=Facts.narrowed):  # type: ignore[no-untyped-def]
+        some = every.tables[source].take(pa.array(np.arange(every.tables[source].num_rows)[rows]))
+        return Facts(every.spec, {**honest(every, source, rows, others, *joined).tables, source: some})
 
-    monkeypatch.setattr(feeding, "_facts_of", mutant)
+    monkeypatch.setattr(Facts, "narrowed", mutant)
 
 
 def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from features.parts import Base, edges, read_view
 from features.steps import KEY, TIME
 from features.store import build_features, first_needed, write_views
 from features.windows import build_views
-from pipelines.clock import DAY_US, MISSING, NEVER, parse_time
+from pipelines.clock import DAY_US, MISSING, parse_time
 from pipelines.flights import write_sample
 from pipelines.home import Home, open_home
 from pipelines.manifest import read_json
@@ -51,8 +51,8 @@ def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) 
         old, whole, grown = (tmp_path / str(seed) / name for name in ("old", "whole", "grown"))
         write_views(world.spec, until(world, begin), old)
         write_views(world.spec, world.tables, whole)
-        fresh = {n: int(int_times(t[KNOWN])[int_times(t[KNOWN]) >= begin].min(initial=NEVER)) for n, t in world.tables.items()}
-        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), fresh))
+        new = {name: t.filter(pa.array(int_times(t[KNOWN]) >= begin)) for name, t in world.tables.items()}
+        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), new))
         assert files_of(grown) == files_of(whole), seed
         made += len(files_of(whole))
         taken += sum(path.stat().st_nlink > 1 for path in grown.rglob("*.parquet"))
@@ -71,8 +71,8 @@ def test_a_part_that_a_late_fact_changes_is_made_again(tmp_path: Path) -> None:
         old, whole, grown = (tmp_path / str(seed) / n for n in ("old", "whole", "grown"))
         write_views(world.spec, {**world.tables, name: table.filter(pa.array(lacks))}, old)
         write_views(world.spec, world.tables, whole)
-        fresh = dict.fromkeys(world.tables, NEVER) | {name: int(int_times(table[KNOWN])[at])}
-        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), fresh))
+        new = {n: t.slice(0, 0) for n, t in world.tables.items()} | {name: table.slice(at, 1)}
+        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), new))
         assert files_of(grown) == files_of(whole), seed
 
 
