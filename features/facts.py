@@ -42,10 +42,10 @@ def int_times(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """float64 values of a number or bool column, NaN where null."""
+    """float64 values of a number or bool column, NaN where null; of whole numbers from 2^53 on the nearest."""
     array = one_chunk(column)
     array = array.cast(pa.int64()) if pa.types.is_boolean(array.type) else array
-    return filled(array.cast(pa.float64()), float("nan"))
+    return filled(array.cast(pa.float64(), safe=False), float("nan"))
 
 
 def versions(table: pa.Table, source: Source) -> Versions:

@@ -345,10 +345,11 @@ def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> _Merged:
     if not source.quarantine and clash.any():
         at = int(np.flatnonzero(clash)[0])
         fact = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[number][0][:12] for number in merged.origin[at - 1 : at + 1]})
+        shas, files = {objects[number][0] for number in merged.origin[at - 1 : at + 1]}, _files_of(spec, home)
+        places = sorted(f"{files.get(sha, 'no landing file')} (object {sha[:12]})" for sha in shas)
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
-            f"such as {fact} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            f"such as {fact} known at {table[KNOWN][at]} in {' and '.join(places)}; "
             "a correction needs a later known-at"
         )
     return replace(merged, table=table.filter(pa.array(~equal)).combine_chunks()) if equal.any() else merged

@@ -76,7 +76,7 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
         rows[name] = int_times(column) if pa.types.is_timestamp(column.type) else column.to_numpy()
     for name in layout.numbers:
         column = table[name].cast(pa.int64()) if pa.types.is_boolean(table[name].type) else table[name]
-        rows[name] = column.cast(pa.float64()).combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False)
+        rows[name] = column.cast(pa.float64(), safe=False).combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False)
     words = [table[name].to_pylist() for name in layout.words]
     for lo, hi in zip(start[:-1].tolist(), start[1:].tolist(), strict=True):
         tail = json.dumps([column[lo:hi] for column in words]).encode() if words else b""

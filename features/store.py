@@ -36,6 +36,8 @@ from pipelines.spec import Sequence, Spec, TimeSplit
 if TYPE_CHECKING:
     from features.quick_feast import FeatureStore
 
+REGISTRY = "registry.pb"
+
 
 @dataclass(frozen=True)
 class FeatureSet:
@@ -80,9 +82,8 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     code = code_digest("features")
     if (folder / "done.json").exists():
         done = read_json(folder / "done.json")
-        if done["code"] == code and all(
-            (folder / f).is_file() and file_digest(folder / f) == d for f, d in done["files"].items()
-        ):
+        held = {**done["files"], REGISTRY: done.get("registry")}
+        if done["code"] == code and all((folder / f).is_file() and file_digest(folder / f) == d for f, d in held.items()):
             return _feature_set(home, folder, done)
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder.with_name(f".{folder.name}.partial")
@@ -97,7 +98,8 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         place = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs))
         apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch), base)
         done = {
-            "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
+            "files": files, "registry": file_digest(scratch / REGISTRY), "code": code, "defs_digest": defs,
+            "snapshot": snapshot.digest, "since_us": since,
             "watermark_us": snapshot.watermark_us, "rows": sum(rows.values()),
             "newest_us": {name: us for name, table in tables.items() if (us := newest(table)) is not None},
         }  # fmt: skip
@@ -132,7 +134,9 @@ def _base(spec: Spec, home: Home, snapshot: Snapshot, folders: Path, tables: Map
     """The feature folder of the newest snapshot that this one grew from."""
     code, found = code_digest("features"), []
     for path in folders.glob("*/done.json"):
-        body = read_json(path)
+        body, registry = read_json(path), path.with_name(REGISTRY)
+        if not registry.is_file() or file_digest(registry) != body.get("registry"):  # `feast apply` has emptied it
+            continue
         if body["code"] == code and (home.snapshots(spec.pipeline) / f"{body['snapshot']}.json").exists():
             found.append((read_snapshot(home, spec.pipeline, body["snapshot"]), path.parent, body["files"]))
     older = [item for item in found if grew_from(home, snapshot, item[0])]
@@ -169,7 +173,7 @@ def apply_feast(spec: Spec, folder: Path, store_place: str, base: Base | None = 
     """
     _feast_yaml(spec, folder, store_place)
     if base:
-        shutil.copyfile(base.folder / "registry.pb", folder / "registry.pb")
+        shutil.copyfile(base.folder / REGISTRY, folder / REGISTRY)
         return
     from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
     from features.quick_feast import types as feast
@@ -212,7 +216,7 @@ def _feast_yaml(spec: Spec, folder: Path, store_place: str) -> None:
     if clock is not None:
         online |= {"clock": clock.kind, "speed": clock.speed, "offset": clock.offset}
     (folder / "feature_store.yaml").write_text(
-        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
+        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: {REGISTRY}, cache_ttl_seconds: 0}}\n"
         "offline_store: {type: features.asof.AsofOfflineStore}\n"
         f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
         "materialization: {pull_latest_features: true}\n"

@@ -115,6 +115,8 @@ def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
 def _scaled(values: np.ndarray, source: Source, name: str, power: int) -> np.ndarray:
     """Values in whole steps of their resolution (int64, 0 where NaN). Raises MillraceError where a power overflows."""
     scaled = np.rint(np.where(np.isnan(values), 0.0, values) / resolution(source, name))
+    if len(scaled) and source.columns[name].type == "int64" and np.abs(scaled).max() >= 2**53:
+        raise MillraceError(f"column {name!r} holds whole numbers of 2^53 or more, which windows cannot add up exactly")
     if len(scaled) and not float(np.abs(scaled).max()) ** power < LIMIT:
         raise MillraceError(f"column {name!r}: {np.nanmax(np.abs(values)):g} is too large for its resolution")
     return scaled.astype(np.int64)
