@@ -232,6 +232,7 @@ def incremental(
 
     count = next(n for n in range(1, 1_000) if len(touched(arrivals.slice(arrivals.num_rows - n - 1), now)) > cells / 100)
     feed(spec, folder / "features", place, Anchor(now, 0), "0")
+    reader = OnlineStore(spec, place)  # as an endpoint has it open; Feast's store keeps its own connection
     ours, sdk, counts = [], [], []
     for i in range(1, ROUNDS + 1):
         t = now + i * 1_000_000
@@ -248,6 +249,8 @@ def incremental(
         theirs.materialize_incremental(datetime.fromtimestamp(t / 1e6, UTC) + timedelta(seconds=0.5))
         sdk.append(time.monotonic() - began)
         counts.append(len(changes))
+    if reader.meta()["snapshot"] != str(ROUNDS):
+        raise SystemExit("the reader does not see the last change")
     return statistics.median(ours), statistics.median(sdk), int(statistics.median(counts))
 
 

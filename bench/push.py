@@ -35,18 +35,18 @@ RATE, EVERY_S = 600, 0.1
 
 
 def events_of(world: World, count: int) -> list[dict[str, Any]]:
-    """Departures and arrivals of the day after; beyond what one day has, again as those of other flights."""
+    """Departures and arrivals of the day after; beyond what one day has, again, known a little later."""
     rows = []
     for name in ("departures", "arrivals"):
         table, columns = world.facts[name], world.spec.sources[name].columns
         known = int_times(table["known_at"])
-        some = table.filter(pa.array((known > BEGIN) & (known <= BEGIN + DAY_US))).select([*columns])
+        some = table.filter(pa.array((known > BEGIN) & (known <= BEGIN + DAY_US - 1_000))).select([*columns])
         rows += [(name, row) for row in some.to_pylist()]
     found = []
     for i in range(count):
         name, row = rows[i % len(rows)]
         told = {c: iso(int(v.timestamp() * 1e6)) if hasattr(v, "timestamp") else v for c, v in row.items()}
-        told["time_hour"] = iso(int(row["time_hour"].timestamp() * 1e6) + i // len(rows))
+        told["known_at"] = iso(round(row["known_at"].timestamp() * 1e6) + i // len(rows))
         found.append({"id": str(i), "source": name, "row": told})
     return found
 

@@ -264,7 +264,7 @@ class AsofOfflineStore(OfflineStore):
 
         columns, keyed = [*join_key_columns, *feature_name_columns, *stamps], [*join_key_columns, *stamps]
         pulled = _pulled(config, data_source, columns, timestamp_field, start_date, end_date, keyed, latest)
-        return _as_job(config, pulled if join_key_columns else lambda most: map(_with_dummy, pulled(most)))
+        return _as_job(config, pulled, keyless=not join_key_columns)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -275,7 +275,8 @@ class AsofOfflineStore(OfflineStore):
         """Every row with its event in [start_date, end_date]."""
         columns = [*join_key_columns, *feature_name_columns, timestamp_field]
         columns += [created_timestamp_column] if created_timestamp_column else []
-        return _as_job(config, _pulled(config, data_source, columns, timestamp_field, start_date, end_date))
+        pulled = _pulled(config, data_source, columns, timestamp_field, start_date, end_date)
+        return _as_job(config, pulled, keyless=not join_key_columns)
 
     @staticmethod
     def offline_write_batch(
@@ -369,8 +370,8 @@ def _pulled(
     return run
 
 
-def _as_job(config: RepoConfig, rows: Callable[[int], Iterator[pa.Table]]) -> AsofRetrievalJob:
-    return AsofRetrievalJob(rows, lambda: Join((), ()), config)
+def _as_job(config: RepoConfig, rows: Callable[[int], Iterator[pa.Table]], *, keyless: bool) -> AsofRetrievalJob:
+    return AsofRetrievalJob((lambda most: map(_with_dummy, rows(most))) if keyless else rows, lambda: Join((), ()), config)
 
 
 def _with_dummy(table: pa.Table) -> pa.Table:
@@ -399,12 +400,18 @@ def _entity_rows(config: RepoConfig, entity_df: pd.DataFrame | str, rows: int) -
 
 
 def _time_column(rows: pa.Table) -> str:
-    """`event_timestamp`, or else the only column of times. Raises EntityTimestampInferenceException."""
+    """`event_timestamp`, or else the only column of times.
+
+    Raises EntityTimestampInferenceException where there is none, MillraceError where it holds something else.
+    """
     stamps = [f.name for f in rows.schema if pa.types.is_timestamp(f.type)]
     if DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL in rows.column_names or len(stamps) != 1:
         stamps = [DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL]
     if stamps[0] not in rows.column_names:
         raise EntityTimestampInferenceException(DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL)
+    kind = rows[stamps[0]].type
+    if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind)):
+        raise MillraceError(f"entity column {stamps[0]!r} is {kind}, expected times: convert it (pandas.to_datetime, CAST)")
     return stamps[0]
 
 
@@ -543,11 +550,11 @@ def _ready(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> Re
     finds, first = [_of_part(view, table) for table, _ in read], np.cumsum([0, *(table.num_rows for table, _ in read)])
 
     def find(rows: pa.Table) -> np.ndarray:
-        """Each row in the part that is right for its time."""
+        """Each row in the part that is right for its time, or for the order of its plan."""
         names, (t, _) = text_keys(keys_of(rows), rows.num_rows).dictionary_encode(), instants(rows[_time_column(rows)], "us")
         code = filled(names.indices, len(names.dictionary))
         own = int_times(rows[view.tags["millrace.order"]]) if kind == "sequence" else t
-        found, part = np.full(rows.num_rows, -1), np.searchsorted(begins, t, side="right") - 1
+        found, part = np.full(rows.num_rows, -1), np.searchsorted(begins, own, side="right") - 1
         for i in np.unique(part[part >= 0]):
             here = np.flatnonzero(part == i)
             at = finds[i](names.dictionary, code[here], t[here], own[here])
@@ -581,5 +588,5 @@ def _as_stored(rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     try:
         return rows[name].cast(kind)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise MillraceError(f"entity column {name!r} is {rows[name].type}, the source has {kind}: {error}") from None

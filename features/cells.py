@@ -251,7 +251,7 @@ class SqliteCells:
 
     def seen(self, ids: Sequence[str]) -> set[str]:
         query = "SELECT id FROM events WHERE id IN (SELECT value FROM json_each(?))"
-        return {i for (i,) in self.db.execute(query, (json.dumps(ids),))}
+        return {i for (i,) in self.db.execute(query, (json.dumps(ids),))} if ids else set()
 
     def feed(self, decide: Decide) -> bool:
         with self._writing():
@@ -325,6 +325,8 @@ class RedisCells:
         self.name, self.place = f"millrace:{name}", place_of(url)
         self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
         self.look: Any = self.db.register_script(self.LOOK)
+        self.lost_look: Any = (redis.exceptions.ConnectionError, redis.exceptions.NoScriptError)
+        self.line: Any = None  # a connection that is kept for looks: the client tries one out before each command
         self.state = _State()
 
     def meta(self) -> Meta:
@@ -349,10 +351,23 @@ class RedisCells:
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
         asked = [word for view, keys in wanted for word in (view, len(keys), *keys)]
         with self._answering():
-            meta, *answers = self.look(keys=[self.name], args=asked)
+            meta, *answers = self._looked(asked)
         self.state.see(_texts(dict(zip(meta[::2], meta[1::2], strict=True))))
         found = zip(wanted, answers, strict=True)
         return [{k: v for k, v in zip(keys, values, strict=True) if v is not None} for (_, keys), values in found]
+
+    def _looked(self, asked: Sequence[Any]) -> Any:
+        """What the script answers. A line that fails is given up, and the client asks, with its own retries."""
+        if self.line is not None:
+            try:
+                self.line.send_command("EVALSHA", self.look.sha, 1, self.name, *asked)
+                return self.line.read_response()
+            except self.lost_look:
+                self.db.connection_pool.release(self.line)
+                self.line = None
+        found = self.look(keys=[self.name], args=asked)
+        self.line = self.db.connection_pool.get_connection()
+        return found
 
     def keys(self, view: str) -> list[str]:
         with self._answering():
@@ -595,7 +610,7 @@ class PostgresCells:
             if self.db is None:
                 self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True)
             cursor = self.db.execute(query, values or None, binary=True)
-            return list(cursor.fetchall()) if cursor.description else []
+            return list(cursor.fetchall()) if cursor.rownumber is not None else []
         except psycopg.errors.UndefinedTable:
             return []
         except psycopg.OperationalError as error:

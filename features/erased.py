@@ -39,6 +39,8 @@ class Entity:
         texts = {}
         for item in given:
             name, _, value = item.partition("=")
+            if name in texts:
+                raise UsageError(f"--key {item!r}: {name} is given twice; erase one entity after the other")
             if name not in types:
                 raise UsageError(f"--key {item!r}: no source of {spec.pipeline} has a column {name!r}{nearest(name, [*types])}; "
                                  "write COLUMN=VALUE")  # fmt: skip

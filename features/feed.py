@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
-from features.keys import key_arrays, key_runs, rows_among, text_keys
-from features.online import ROWS, Layout, layout_digest, layouts, pack
+from features.keys import key_runs, rows_among, text_keys
+from features.online import ROWS, Layout, layout_digest, layouts, pack, pack_steps
 from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME
 from features.views import RECENT, others_of
-from features.windows import build_views
+from features.windows import build_sums, build_views
 from pipelines.clock import Anchor
 from pipelines.spec import Latest, Open, Spec, Window
 from pipelines.spec import Sequence as Chain
@@ -92,11 +92,22 @@ def _cells(spec: Spec, features: Path, anchor: int) -> Iterator[Change]:
     """Every packed row that is needed from the anchor on."""
     for layout in layouts(spec).values():
         columns = [*dict.fromkeys((KEY, *layout.times, *layout.numbers, *layout.words))]
-        rows = features / "online_rows.parquet"
-        found = by_key(rows, columns) if layout.view == ROWS else view_by_key(features, layout.view, anchor, columns)
+        if layout.view == ROWS:
+            found = by_key(features / "online_rows.parquet", columns)
+        else:
+            found = view_by_key(features, layout.view, _first(spec, layout, anchor), columns)
         for table in found:
             for key, packed in _packed(spec, layout, table, anchor):
                 yield layout.view, key, packed
+
+
+def _first(spec: Spec, layout: Layout, anchor: int) -> int:
+    """From which time on, or order of plans, a view is needed from the anchor on."""
+    if layout.times[0] != "_order":
+        return anchor
+    shape = spec.features.views[layout.view].shape
+    assert isinstance(shape, Chain)
+    return anchor - RECENT - shape.within
 
 
 def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterator[tuple[str, bytes]]:
@@ -104,9 +115,7 @@ def _packed(spec: Spec, layout: Layout, table: pa.Table, anchor: int) -> Iterato
     if layout.view == ROWS:
         table = table.filter(pc.greater(table["_live_to"], anchor))
     elif layout.times[0] == "_order":
-        shape = spec.features.views[layout.view].shape
-        assert isinstance(shape, Chain)
-        near = pc.greater_equal(table["_order"], anchor - RECENT - shape.within)
+        near = pc.greater_equal(table["_order"], _first(spec, layout, anchor))
         table = table.filter(pc.and_(near, pc.greater(table["_live_to"], anchor)))
     elif table.num_rows:
         later = int_times(table[TIME]) > anchor
@@ -129,44 +138,43 @@ def changed_cells(spec: Spec, tables: Tables, new: Tables, anchor: int) -> Itera
     """The cells, right from `anchor` (µs) on, that the facts `new` (source → rows) change; `tables` hold them too."""
     every, packing = Facts(spec, tables), layouts(spec)
     for name, view in spec.features.views.items():
-        source, others, joined = view.shape.source, others_of(view.shape), spec.sources[view.shape.source].key
-        touched = _touched(every, new, source, others, joined)
-        keys = text_keys(key_arrays(touched, view.shape.key), touched.num_rows).drop_null().unique()
+        source, others = view.shape.source, others_of(view.shape)
+        touched = every.touched(new, source, others)
+        keys = _keys(every, source, view.shape.key, touched)
         if not len(keys):
             continue
-        facts = every
+        if isinstance(view.shape, Window | Open):
+            for stored, _, steps in build_sums(every, name, anchor, only=keys):
+                yield from _of_keys(stored.name, keys, pack_steps(packing[stored.name], steps))
+            continue
+        facts, since = every, anchor
         if isinstance(view.shape, Chain):
-            facts = Facts(spec, _facts_of(every, source, view.shape.key, touched, others, joined))
-        for stored, table in build_views(facts, name, anchor, only=keys):
+            facts = every.narrowed(source, _sharing(every, source, view.shape.key, touched), others)
+            since = _first(spec, packing[name], anchor)
+        for stored, table in build_views(facts, name, since, only=keys):
             yield from _of_keys(stored.name, keys, _packed(spec, packing[stored.name], table, anchor))
     source, key = spec.rows.source, spec.row_key
-    touched = _touched(every, new, source, spec.closed_by, key)
-    keys = text_keys(key_arrays(touched, key), touched.num_rows).drop_null().unique()
+    touched = every.touched(new, source, spec.closed_by, key)
+    keys = _keys(every, source, key, touched)
     if len(keys):
-        table = online_rows(spec, _facts_of(every, source, key, touched, spec.closed_by, key), anchor)
+        asked = every.narrowed(source, _sharing(every, source, key, touched), spec.closed_by, key)
+        table = online_rows(spec, asked.tables, anchor)
         table = table.set_column(table.schema.get_field_index(KEY), KEY, table[KEY].dictionary_encode())
         yield from _of_keys(ROWS, keys, _packed(spec, packing[ROWS], table, anchor))
 
 
-def _touched(every: Facts, new: Tables, source: str, others: Sequence[str], joined: Sequence[str]) -> pa.Table:
-    """The rows of a source that new facts touch, also those of `others`, which are `joined` to it: all versions of a fact."""
-    table, by = every.tables[source], ((source, *every.spec.sources[source].key), *((other, *joined) for other in others))
-
-    def make() -> pa.Table:
-        found = [rows_among(table, key, new[name]) for name, *key in by if name in new]
-        return table.take(pa.array(np.unique(np.concatenate([[], *found])), pa.int64()))
-
-    return every.once(("touched", source, *by), make)
+def _keys(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """The distinct keys of some rows of a source."""
+    if not len(rows):
+        return pa.array([], pa.string())
+    some, table = pa.array(rows), every.tables[source]
+    return text_keys([table[name].take(some) for name in key], len(rows)).drop_null().unique()
 
 
-def _facts_of(
-    every: Facts, source: str, key: Sequence[str], touched: pa.Table, others: Sequence[str], joined: Sequence[str]
-) -> Tables:  # fmt: skip
-    """All facts that ever had the key of one that is touched, with all their versions, and of `others` what joins them."""
+def _sharing(every: Facts, source: str, key: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """The rows of a source whose key is that of some rows of it."""
     table = every.tables[source]
-    some = table.filter(pa.array(every.versions(source).whole(rows_among(table, key, touched))))
-    joint = {name: every.tables[name].take(pa.array(rows_among(every.tables[name], joined, some))) for name in others}
-    return {**joint, source: some}
+    return rows_among(table, key, table.take(pa.array(rows)))
 
 
 def _of_keys(view: str, keys: pa.Array, packed: Iterator[tuple[str, bytes]]) -> Iterator[Change]:

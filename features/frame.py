@@ -34,7 +34,7 @@ class Feature:
 
 
 def feature_list(spec: Spec) -> tuple[Feature, ...]:
-    """Every feature of a spec, in the order of the frame."""
+    """Every feature of a spec, in the order of the frame. Raises UsageError for a name twice, or for one that is none."""
     source = spec.row_source
     found = []
     for name in spec.features.row:
@@ -47,9 +47,12 @@ def feature_list(spec: Spec) -> tuple[Feature, ...]:
     found += [Feature(name, "number", "derived") for name in spec.features.derived]
     for function in spec.features.functions:
         found += [Feature(f, "number", function.call.partition(":")[2]) for f in function.outputs]
+    known = [feature.name for feature in found]
+    if len(set(known)) < len(known):
+        twice = next(name for name in known if known.count(name) > 1)
+        raise UsageError(f"{spec.pipeline}: two features are named {twice!r}: rename one")
     if not spec.features.only:
         return tuple(found)
-    known = [feature.name for feature in found]
     for name in spec.features.only:
         if name not in known:
             raise UsageError(f"{spec.pipeline}: features.only {name!r} is not a feature{nearest(name, known)}")

@@ -7,9 +7,9 @@ only refused snapshots held may, which is the way out of a bad delivery.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.erased import drop_rows, erased_rows
-from features.keys import KNOWN, text_keys
+from features.keys import KNOWN, filled, one_chunk
 from features.landed import ARROW, read_landed
 from features.quarantine import BadRows, bad_rows
 from pipelines.clock import NEVER, iso, wall_us
@@ -104,6 +104,7 @@ def _entry(
     if entry and same_spec:
         return name, {**entry, "mtime_ns": stat.st_mtime_ns}
     table, absent = read_landed(name, data, source, timed=spec.timed)
+    del data
     gone = erased_rows(home, spec.pipeline, table)
     if gone.any():
         path, table = drop_rows(path, table, gone), table.filter(pa.array(~gone))
@@ -192,7 +193,7 @@ def read_table(spec: Spec, home: Home, snapshot: Snapshot, name: str) -> pa.Tabl
     """All versions of a source's facts, sorted by key and known-at, once each, with their `_known_at`."""
     body = read_json(home.root / snapshot.path)
     table = _merge(spec, name, home, body["objects"][name]).table
-    return table.filter(_within(table, body["until_us"]))
+    return table if body["until_us"] is None else table.filter(_within(table, body["until_us"]))
 
 
 def _within(table: pa.Table, until_us: int | None) -> pa.Array:
@@ -282,81 +283,98 @@ def values_digest(table: pa.Table) -> str:
     """SHA-256 over names, types and values of a table, in the order of its rows."""
     sha = hashlib.sha256()
     for name in sorted(table.column_names):
-        column = table[name].combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        column = one_chunk(table[name])
         sha.update(f"{name}:{column.type}:{len(column)}".encode())
-        sha.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+        sha.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).data)
         if pa.types.is_string(column.type):
-            filled = column.fill_null("")
-            sha.update(pc.binary_length(filled).to_numpy().tobytes())
-            sha.update("".join(filled.to_pylist()).encode())
+            sha.update(filled(pc.binary_length(column), 0).data)
+            sha.update(_text(column.fill_null("")))
         elif pa.types.is_timestamp(column.type):
-            sha.update(column.cast(pa.int64()).fill_null(0).to_numpy().tobytes())
-        elif pa.types.is_boolean(column.type):
-            sha.update(column.fill_null(False).to_numpy(zero_copy_only=False).tobytes())
+            sha.update(filled(column.cast(pa.int64()), 0).data)
         elif pa.types.is_floating(column.type):
-            sha.update((column.fill_null(0.0).to_numpy() + 0.0).tobytes())  # −0.0 is 0.0
+            sha.update((filled(column, 0.0) + 0.0).data)  # −0.0 is 0.0
         else:
-            sha.update(column.fill_null(0).to_numpy().tobytes())
+            sha.update(filled(column, False if pa.types.is_boolean(column.type) else 0).data)
     return sha.hexdigest()
+
+
+def _text(texts: pa.Array) -> memoryview:
+    """The UTF-8 of all texts, none of them null, one after the other; not copied."""
+    _, offsets, data = texts.buffers()
+    at = np.frombuffer(offsets, np.int32)[texts.offset :] if len(texts) else np.zeros(1, np.int32)
+    return memoryview(data or b"")[at[0] : at[len(texts)]]
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """Every version of a source once, sorted by key and known-at; and where each landed row is in it."""
+    """Every version of a source once, sorted by key and known-at; and where each of L landed rows is in it."""
 
     table: pa.Table
-    duplicates: int
-    origin: np.ndarray  # number of its object (L landed rows)
-    row: np.ndarray  # row of that object (L)
-    place: np.ndarray  # row of the table (L)
+    order: np.ndarray  # which row it was, counted through all objects (L)
+    equal: np.ndarray  # whether the row before says the same (bool, L)
+    begins: np.ndarray  # the first row of each object
+
+    @cached_property
+    def origin(self) -> np.ndarray:
+        """Number of its object (L)."""
+        return np.searchsorted(self.begins, self.order, side="right") - 1
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """Row of that object (L)."""
+        return self.order - self.begins[self.origin]
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """Row of the table (L)."""
+        return np.cumsum(~self.equal) - 1
 
 
 def _merge(spec: Spec, name: str, home: Home, objects: list[list]) -> _Merged:
     """Raises Refused where facts clash, unless the source may set rows aside."""
-    source = spec.sources[name]
-    parts, origins, numbers = [], [], []
-    for number, (sha, arrival_us) in enumerate(objects):
-        part = pq.read_table(home.objects / f"{sha}.parquet")
-        parts.append(part.append_column(KNOWN, known_at(part, source, arrival_us)))
-        origins.append(np.full(part.num_rows, number))
-        numbers.append(np.arange(part.num_rows))
-    table, order, equal, clash = in_order(pa.concat_tables(parts).replace_schema_metadata(None), source)
-    origin, row = np.concatenate(origins)[order], np.concatenate(numbers)[order]
+    source, begins = spec.sources[name], [0]
+
+    def landed() -> Iterator[pa.Table]:
+        for sha, arrival_us in objects:
+            part = pq.read_table(home.objects / f"{sha}.parquet")
+            begins.append(begins[-1] + part.num_rows)
+            yield part.append_column(KNOWN, known_at(part, source, arrival_us))
+
+    table, order, equal, clash = in_order(pa.concat_tables(landed()), source)
+    merged = _Merged(table, order, equal, np.array(begins[:-1]))
     if not source.quarantine and clash.any():
         at = int(np.flatnonzero(clash)[0])
         fact = {k: str(table[k][at]) for k in source.key}
-        shas = sorted({objects[origin[at]][0][:12], objects[origin[at - 1]][0][:12]})
+        shas, files = {objects[number][0] for number in merged.origin[at - 1 : at + 1]}, _files_of(spec, home)
+        places = sorted(f"{files.get(sha, 'no landing file')} (object {sha[:12]})" for sha in shas)
         raise Refused(
             f"source {name!r}: {int(clash.sum())} fact(s) with the same key and known-at but other values, "
-            f"such as {fact} known at {table[KNOWN][at]} in object(s) {' and '.join(shas)}; "
+            f"such as {fact} known at {table[KNOWN][at]} in {' and '.join(places)}; "
             "a correction needs a later known-at"
         )
-    once = table.filter(pa.array(~equal)).combine_chunks() if equal.any() else table
-    return _Merged(once, int(equal.sum()), origin, row, np.cumsum(~equal) - 1)
+    return replace(merged, table=table.filter(pa.array(~equal)).combine_chunks()) if equal.any() else merged
 
 
 def in_order(table: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
     """Facts (N) by key and known-at; which row each was; which say what the one before says (bool), and which contradict it."""
-    table, by = table.combine_chunks(), [*source.key, KNOWN]
+    by, columns = [*source.key, KNOWN], dict(zip(table.column_names, table.columns, strict=True))
     if source.quarantine:  # clashing facts stay for now: in an order that their values give
-        by += [c for c in table.column_names if c not in by]
-    order = pc.sort_indices(table, [(k, "ascending") for k in by])
-    table = table.take(order).combine_chunks()
-    none = np.zeros(table.num_rows, bool)
+        by += [c for c in columns if c not in by]
+    place = pc.sort_indices(table.select(by).combine_chunks(), [(k, "ascending") for k in by])
+    del table  # each column is freed as it is put in order
+    table = pa.table({name: one_chunk(columns.pop(name).take(place)) for name in [*columns]})
+    order, none = place.to_numpy().view(np.int64), np.zeros(table.num_rows, bool)
     if table.num_rows < 2:
-        return table, order.to_numpy(), none, none
-    names = text_keys([table[k] for k in source.key], table.num_rows)
-    known = table[KNOWN].combine_chunks().cast(pa.int64()).fill_null(0)
-    again = pc.and_(_same(names), _same(known))
+        return table, order, none, none
+    known = table[KNOWN].chunk(0).cast(pa.int64()).fill_null(0)
+    again = reduce(pc.and_, [_same(known), *(_same(table[k].chunk(0)) for k in source.key)])
     if not pc.any(again, min_count=0).as_py():
-        return table, order.to_numpy(), none, none
+        return table, order, none, none
     twice = again.fill_null(False).to_numpy(zero_copy_only=False)
     equal = twice.copy()
     for column in set(table.column_names) - {*source.key, KNOWN}:
-        equal &= _unchanged(table[column].combine_chunks()).to_numpy(zero_copy_only=False)
-    return table, order.to_numpy(), np.append(False, equal), np.append(False, twice & ~equal)
+        equal &= _unchanged(table[column].chunk(0)).to_numpy(zero_copy_only=False)
+    return table, order, np.append(False, equal), np.append(False, twice & ~equal)
 
 
 def _set_aside(spec: Spec, home: Home, snapshot: Snapshot) -> Snapshot:
@@ -500,12 +518,14 @@ def _publish(spec: Spec, home: Home, index: dict[str, dict]) -> Snapshot:
     rows, duplicates, latest, sha = {}, {}, [], hashlib.sha256()
     for name in sorted(objects):
         merged = _merge(spec, name, home, objects[name])
-        table, duplicates[name] = merged.table, merged.duplicates
+        table, duplicates[name] = merged.table, int(merged.equal.sum())
+        del merged
         rows[name] = table.num_rows
         latest += [us for us in [newest(table)] if us is not None]
         arrives = (known := spec.sources[name].known_at) is not None and known.arrival
         values = table if arrives else table.drop_columns([KNOWN])
         sha.update(f"{name}={values_digest(values)};".encode())
+        del table, values
     digest, watermark = sha.hexdigest(), max(latest, default=0)
     body = {"pipeline": spec.pipeline, "objects": objects, "rows": rows, "duplicates": duplicates,
             "watermark_us": watermark, "watermark": iso(watermark), "until_us": None,

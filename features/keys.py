@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 SEPARATOR = "\x1f"
+FEW = 1_000  # rows whose whole keys cost no more than a look at one column
 KNOWN = "_known_at"  # column that every table read from a snapshot carries
 
 
@@ -47,7 +48,8 @@ def one_chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def filled(array: pa.Array, missing: object) -> np.ndarray:
     """Values with `missing` for null; not copied where there is none."""
-    return (array.fill_null(missing) if array.null_count else array).to_numpy(zero_copy_only=False)
+    whole = pc.coalesce(array, pa.scalar(missing, array.type)) if array.null_count else array  # sooner than fill_null
+    return whole.to_numpy(zero_copy_only=False)
 
 
 def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -61,20 +63,19 @@ def grouped(keys: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 def true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A mask as numpy has it (bool, N): null is false."""
-    return np.asarray(pc.fill_null(mask, False)).astype(bool)
+    return filled(one_chunk(mask), False)
 
 
 def codes_of(keys: pa.Array, known: pa.Array) -> np.ndarray:
     """Position of each key in `known` (int64), −1 where it is null or not there."""
-    found = pc.index_in(keys, value_set=known, skip_nulls=True)
-    return filled(found, -1).astype(np.int64)
+    return filled(pc.index_in(keys, value_set=known, skip_nulls=True), -1).astype(np.int64)
 
 
 def rows_among(table: pa.Table, key: Sequence[str], wanted: pa.Table) -> np.ndarray:
     """Positions of the rows of a table whose key is that of a row of another one (int64, ascending); a null is none."""
     rows = np.arange(table.num_rows if wanted.num_rows else 0)
     for name in key:  # a look at one column leaves fewer for the next, and few to be compared whole
-        if table[name].type == wanted[name].type:
+        if len(rows) > FEW and table[name].type == wanted[name].type:
             some = table[name] if len(rows) == table.num_rows else table[name].take(pa.array(rows))
             rows = rows[true(pc.is_in(some, value_set=one_chunk(wanted[name]), skip_nulls=True))]
     if len(rows) and key:

@@ -69,6 +69,7 @@ def read_landed(name: str, data: bytes, source: Source, *, timed: bool) -> tuple
             columns[column] = _parsed(where, column, found, declared.type)
         else:
             columns[column] = _typed(at, found.columns[column], declared.type)
+        found.columns.pop(column, None)  # freed as it is read
     table = pa.table(columns)
     if source.key == ("row_digest",) and not timed:
         table = table.append_column("row_digest", _row_digests(table))
@@ -215,6 +216,7 @@ def _jsonl(where: str, data: bytes, source: Source) -> Found:
             pa.BufferReader(data), pa_json.ReadOptions(use_threads=False, block_size=_block(data)),
             pa_json.ParseOptions(explicit_schema=pa.schema(read), unexpected_field_behavior="ignore"),
         ) if data.strip() else pa.schema(read).empty_table()  # fmt: skip
+        table.validate(full=True)  # the reader takes any bytes for text
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise Refused(_json_fault(where, data, source) or f"{where} is not JSON lines: {str(error)[:200]}") from None
     names = [n for n in read if table[n].null_count < table.num_rows or json.dumps(n).encode() in data]

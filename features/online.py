@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from features.cells import PUSHED, Held, Meta, Moved, NoCells, open_cells, place
 from features.facts import Columns, int_times
 from features.frame import assemble, is_missing
 from features.keys import request_key, text_key
-from features.steps import TIME, as_of, previous
+from features.steps import TIME, Steps, as_of, previous
 from features.views import RECENT, Stored, absent, stored_views
 from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
@@ -56,7 +56,8 @@ def layouts(spec: Spec) -> dict[str, Layout]:
 
 def layout_digest(spec: Spec) -> str:
     """Names how the cells of a spec are packed: what is packed otherwise cannot be read."""
-    return digest_of([asdict(layout) for layout in layouts(spec).values()])[:16]
+    told = [{f.name: getattr(layout, f.name) for f in fields(layout)} for layout in layouts(spec).values()]
+    return digest_of(told)[:16]
 
 
 def _layout(stored: Stored) -> Layout:
@@ -75,11 +76,22 @@ def pack(layout: Layout, table: pa.Table, start: np.ndarray) -> Iterator[bytes]:
         rows[name] = int_times(column) if pa.types.is_timestamp(column.type) else column.to_numpy()
     for name in layout.numbers:
         column = table[name].cast(pa.int64()) if pa.types.is_boolean(table[name].type) else table[name]
-        rows[name] = column.cast(pa.float64()).combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False)
+        rows[name] = column.cast(pa.float64(), safe=False).combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False)
     words = [table[name].to_pylist() for name in layout.words]
     for lo, hi in zip(start[:-1].tolist(), start[1:].tolist(), strict=True):
         tail = json.dumps([column[lo:hi] for column in words]).encode() if words else b""
         yield (hi - lo).to_bytes(4, "little") + rows[lo:hi].tobytes() + tail
+
+
+def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
+    """The keys that have steps, and what `pack` gives of them as a table."""
+    rows = np.empty(len(steps.t), layout.dtype)
+    for name in layout.times:
+        rows[name] = steps.t if name == TIME else steps.columns[name]
+    body, width, start = rows.tobytes(), layout.dtype.itemsize, steps.start.tolist()
+    for key, lo, hi in zip(steps.keys.to_pylist(), start[:-1], start[1:], strict=True):
+        if lo < hi:
+            yield key, (hi - lo).to_bytes(4, "little") + body[lo * width : hi * width]
 
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
@@ -252,7 +264,8 @@ class OnlineStore:
             else:
                 found = as_of(start, columns[TIME], at, t)
             there, safe = found >= 0, np.maximum(found, 0)
-            known, whole = there.any(), there.all()
+            count = np.count_nonzero(there)
+            known, whole = count > 0, count == len(t)
             picked: Columns = {}
             for name in stored.integers:
                 values = columns[name][safe] if known else np.full(len(t), absent(name))
@@ -270,8 +283,7 @@ def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: in
     wanted, columns = set(keys), {}
     for name in {name for key in wanted for name in key}:
         kind = {"bool": bool, "string": str}.get(spec.row_source.columns[name].type, int)
-        missing = is_missing(own[name]).tolist()
-        columns[name] = [None if m else kind(v) for m, v in zip(missing, own[name].tolist(), strict=True)]
+        columns[name] = [None if v is None or v != v or v == MISSING else kind(v) for v in own[name].tolist()]
     return {key: [text_key([columns[name][i] for name in key]) for i in range(rows)] for key in wanted}
 
 

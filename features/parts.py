@@ -1,16 +1,20 @@
 """Stored views in parts, so that a new day costs what a day costs.
 
-A part is right for begin ≤ t < end; the last one has no end. It is a function of the facts known before its end alone: facts
-that become known later leave its file as it is, and the next snapshot takes it over. It begins with what holds then:
-of each key the step that counts one µs before. `views/NAME/BEGIN.parquet` is one. Windows and backlogs are cut into parts; a
-view of latest values, or of chains, can be asked for facts of any age: it is one part.
+`views/NAME/BEGIN.parquet` is a part. The next snapshot takes over the files that its new facts leave as they are.
+
+- Windows and backlogs: it is right for begin ≤ t < end, the last one has no end; a function of the facts known before its end
+  alone. It begins with what holds then: of each key the step that counts one µs before.
+- Chains: it is right for plans with begin ≤ order < end, at any t; a function of the plans that were ever due in between, or
+  `within` before begin, which it holds too.
+- A view of the latest values is one part.
 
 Times are int64 µs UTC. Shapes: N facts known, K keys.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +24,30 @@ import pyarrow.parquet as pq
 from features.facts import Facts, int_times
 from features.keys import KNOWN, grouped, key_runs, one_chunk
 from features.steps import KEY, TIME
-from features.views import Stored, longest, others_of, stored_of
-from features.windows import build_views, stamps
+from features.views import Stored, others_of, reach, stored_of
+from features.windows import RANGE, build_views, in_ranges, stamps
 from pipelines.clock import DAY_US, MISSING, NEVER
-from pipelines.spec import Open, View, Window
+from pipelines.spec import Latest, Open, Window
+from pipelines.spec import Sequence as Chain
 
+GROUP = 2**18  # rows of a part that are written, and read, at once
 FACTS = 25_000  # a part has at least so many facts of its source, or a fiftieth of those before it
 
 
 @dataclass(frozen=True)
 class Base:
-    """A feature folder of an earlier snapshot: its files, and when the first fact of each source that it lacks was known."""
+    """A feature folder of an earlier snapshot: its files, and the facts of each source that it lacks."""
 
     folder: Path
     files: frozenset[str]
-    fresh: dict[str, int] = field(default_factory=dict)
+    new: Mapping[str, pa.Table]
 
-    def has(self, view: View, files: Sequence[str], end: int) -> bool:
-        """Whether these parts of a view, which end at `end`, are as they would be made now."""
-        known = min(self.fresh[source] for source in (view.shape.source, *others_of(view.shape)))
-        return end <= known and self.files.issuperset(files)
+    def settled(self, facts: Facts, shape: Window | Open | Latest | Chain) -> int:
+        """The parts of a view that end by then are as they would be made now."""
+        if not isinstance(shape, Chain):
+            return min(int(int_times(self.new[name][KNOWN]).min(initial=NEVER)) for name in (shape.source, *others_of(shape)))
+        due = facts.times(shape.source, shape.order)[facts.touched(self.new, shape.source, others_of(shape))]
+        return int(due[due != MISSING].min(initial=NEVER))
 
 
 def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | None) -> dict[str, int]:
@@ -48,23 +56,25 @@ def write_parts(facts: Facts, name: str, folder: Path, since: int, base: Base | 
     Those that `base` has are linked to.
     """
     view = facts.spec.features.views[name]
-    stored = stored_of(facts.spec, name, view)
-    begins = edges(facts, name)
-    begins = begins[max(sum(begin <= since for begin in begins) - 1, 0) :]
-    spans = list(zip(begins, [*begins[1:], NEVER], strict=True))
-    done = 0
-    while base and done < len(spans) - 1:
-        begin, end = spans[done]
-        files = [part_file(s.name, begin) for s in stored]
-        if not base.has(view, [*files, *(part_file(s.name, end) for s in stored)], end):
+    stored, shape, begins = stored_of(facts.spec, name, view), view.shape, edges(facts, name)
+    if not isinstance(shape, Chain):
+        begins = begins[max(sum(begin <= since for begin in begins) - 1, 0) :]
+    done, settled = 0, base.settled(facts, shape) if base else MISSING
+    while base and done < len(begins) - 1 and begins[done + 1] <= settled:
+        files = [part_file(s.name, begins[done]) for s in stored]
+        if not base.files.issuperset([*files, *(part_file(s.name, begins[done + 1]) for s in stored)]):
             break
         for file in files:
             _link(base.folder / file, folder / file)
         done += 1
     left = begins[done:]
-    for s, table in build_views(facts, name, left[0] if left[0] == MISSING else left[0] - 1):
-        for begin, part in zip(left, cut(s, table, left), strict=True):
-            write_part(part, folder / part_file(s.name, begin))
+    growing = {part_file(s.name, begin): Part(folder / part_file(s.name, begin)) for s in stored for begin in left}
+    first = left[0] if left[0] == MISSING else left[0] - (shape.within if isinstance(shape, Chain) else 1)
+    with facts.large if facts.tables[shape.source].num_rows > RANGE else nullcontext():
+        for some, last in in_ranges(facts, name, first):
+            for s, table in build_views(some, name, first):
+                for begin, rows in zip(left, cut(s, shape, table, left), strict=True):
+                    growing[part_file(s.name, begin)].add(rows, last=last)
     return {s.name: sum(pq.read_metadata(folder / part_file(s.name, b)).num_rows for b in begins) for s in stored}
 
 
@@ -76,11 +86,11 @@ def edges(facts: Facts, name: str) -> list[int]:
     shape, found = facts.spec.features.views[name].shape, [MISSING]
     known = np.sort(int_times(facts.tables[shape.source][KNOWN]))
     known = known[known > 0]
-    if not isinstance(shape, Window | Open) or not len(known):
+    if isinstance(shape, Latest) or not len(known):
         return found
     at, last = 0, int(known[0])
     while (at := at + max(FACTS, at // 50)) < len(known):
-        edge = max(int(known[at]), last + longest(shape))
+        edge = max(int(known[at]), last + reach(shape))
         edge += DAY_US - edge % DAY_US
         at = int(np.searchsorted(known, edge))
         if at < len(known):
@@ -89,32 +99,34 @@ def edges(facts: Facts, name: str) -> list[int]:
     return found
 
 
-def cut(stored: Stored, table: pa.Table, begins: Sequence[int]) -> Iterator[pa.Table]:
-    """The parts of a stored view, in turn, from steps that are right from the first of `begins` − 1 on."""
+def cut(
+    stored: Stored, shape: Window | Open | Latest | Chain, table: pa.Table, begins: Sequence[int]
+) -> Iterator[pa.Table]:  # fmt: skip
+    """The parts of a stored view, in turn, from what `build_views` gives for the first of `begins`."""
     if len(begins) == 1 and begins[0] == MISSING:
         yield table
         return
     t = int_times(table[TIME])
-    first = np.maximum(np.searchsorted(begins, t, side="right") - 1, 0)
-    following = np.append(first[1:], 0)[: len(first)]
-    following[key_runs(table[KEY])[1][1:] - 1] = len(begins) - 1
-    # a step with facts that count is in every part until its key's next step
-    last = np.where(table[stored.integers[0]].to_numpy() > 0, following, first)
-    copies = last - first + 1
+    if isinstance(shape, Chain):  # a plan is in every part that holds plans which it may come before
+        order = table["_order"].to_numpy()
+        first, last = (np.searchsorted(begins, at, side="right") - 1 for at in (order, order + shape.within))
+    else:  # a step with facts that count is in every part until its key's next step
+        first = np.maximum(np.searchsorted(begins, t, side="right") - 1, 0)
+        last = np.append(first[1:], 0)[: len(first)]
+        last[key_runs(table[KEY])[1][1:] - 1] = len(begins) - 1
+        last = np.where(table[stored.integers[0]].to_numpy() > 0, last, first)
+    first = np.maximum(first, 0)
+    copies = np.maximum(last - first + 1, 0)
     row = np.repeat(np.arange(len(t)), copies)
     part = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)
     order = np.argsort(part.astype(np.uint16), kind="stable")
     row, part = row[order], part[order]
-    floor = np.maximum(begins, MISSING + 1) - 1
     table = table.take(pa.array(row)).combine_chunks()
-    table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(np.maximum(t[row], floor[part])))
+    if not isinstance(shape, Chain):
+        t = np.maximum(t[row], (np.maximum(begins, MISSING + 1) - 1)[part])
+        table = table.set_column(table.schema.get_field_index(TIME), TIME, stamps(t))
     at = np.searchsorted(part, np.arange(len(begins) + 1))
-    for i, size in enumerate(np.diff(at)):
-        some = table.slice(at[i], size)
-        for j, column in enumerate(some.columns):
-            if pa.types.is_dictionary(column.type):
-                some = some.set_column(j, some.column_names[j], _compact(one_chunk(column)))
-        yield some
+    yield from (table.slice(at[i], size) for i, size in enumerate(np.diff(at)))
 
 
 def _compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
@@ -135,15 +147,46 @@ def part_file(view: str, begin: int) -> str:
     return f"views/{view}/{max(begin, 0):020d}.parquet"
 
 
+class Part:
+    """A part whose rows come in order, some at a time: its file is the same whatever they come in.
+
+    Sorted integers as packed differences, everything else as codes of a dictionary: small without compression.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rest = path, list[pa.Table]()
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table, *, last: bool) -> None:
+        """Takes more rows, and writes them as far as they fill row groups; the last also where they do not."""
+        self._rest.append(table)
+        while (rows := sum(some.num_rows for some in self._rest)) > GROUP:
+            self._write(GROUP)
+        if last:
+            self._write(rows).close()
+            self._rest.clear()
+
+    def _write(self, rows: int) -> pq.ParquetWriter:
+        table = pa.concat_tables(self._rest)
+        self._rest, table = [table.slice(rows)], table.slice(0, rows).unify_dictionaries().combine_chunks()
+        for i, column in enumerate(table.columns):
+            if pa.types.is_dictionary(column.type):
+                table = table.set_column(i, table.column_names[i], _compact(one_chunk(column)))
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
+            self._file = pq.ParquetWriter(
+                self._path, table.schema, compression="none", write_statistics=False, store_schema=False,
+                use_dictionary=[name for name in table.column_names if name not in packed],
+                column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
+            )  # fmt: skip
+        self._file.write_table(table)
+        return self._file
+
+
 def write_part(table: pa.Table, path: Path) -> None:
-    """Sorted integers as packed differences, everything else as codes of a dictionary: small without compression."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packed = [f.name for f in table.schema if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type)]
-    pq.write_table(
-        table, path, compression="none", write_statistics=False, store_schema=False,
-        use_dictionary=[name for name in table.column_names if name not in packed],
-        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
-    )  # fmt: skip
+    """Writes a part as it is."""
+    Part(path).add(table, last=True)
 
 
 def _link(old: Path, new: Path) -> None:
@@ -173,18 +216,19 @@ def view_by_key(folder: Path, view: str, since: int, columns: list[str]) -> Iter
 
 
 def _needed(folder: Path, view: str, since: int) -> list[Path]:
-    """The parts of a view that hold what is right for t ≥ since."""
+    """The parts of a view that hold what is right for t, or plans with an order, ≥ since."""
     files = sorted((folder / "views" / view).glob("*.parquet"))
     return files[max(sum(int(path.stem) <= since for path in files) - 1, 0) :]
 
 
 def read_view(folder: Path, view: str, since: int = MISSING, columns: list[str] | None = None) -> pa.Table:
-    """What a stored view holds for t ≥ since, or some columns of it: by key and time."""
+    """What a stored view holds for t, or plans with an order, ≥ since, or some columns of it: by key and time, or order."""
     tables: list[pa.Table] = []
     for path in _needed(folder, view, since):
         table = pq.read_table(path, columns=columns, use_threads=False, read_dictionary=[KEY])
-        if tables:
-            table = table.filter(pa.array(int_times(table[TIME]) >= int(path.stem)))  # what it begins with is known
+        if tables:  # what it begins with is known
+            begins = table["_order"].to_numpy() if "_order" in table.column_names else int_times(table[TIME])
+            table = table.filter(pa.array(begins >= int(path.stem)))
         tables.append(table)
     if len(tables) == 1:
         return tables[0]

@@ -117,8 +117,8 @@ def fit(
     may_miss = []
     for i, name in enumerate(numbers):
         values = frame[name][train]
-        known = values[~np.isnan(values)]
-        if len(known) < len(values):
+        known = values[np.isfinite(values)]
+        if np.isnan(values).any():
             may_miss.append(i)
         low, high = np.quantile(known, [0.001, 0.999]) if len(known) else (0.0, 0.0)
         clipped = np.clip(known, low, high)

@@ -110,7 +110,7 @@ def _views(spec: Spec) -> dict[str, Any]:
             found += _events(spec, name)
     views: dict[str, Any] = {}
     for name, view in found:
-        while name in views:  # two sources or columns whose names differ in signs alone
+        while name in (*views, "rows"):  # two sources or columns whose names differ in signs alone
             name += "x"
         views[name] = view
     return {name: view for name, view in views.items() if name not in spec.features.views}

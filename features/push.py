@@ -6,7 +6,7 @@ them, where a fact that arrives there by another way too counts once.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from features.ingest import (
     read_table,
     write_facts,
 )  # fmt: skip
-from features.keys import KNOWN, codes_of, key_arrays, one_chunk, text_keys
+from features.keys import KNOWN, codes_of, key_arrays, one_chunk, rows_among, text_keys
 from features.online import layout_digest
 from features.quarantine import own_reasons
 from pipelines.clock import MISSING, iso
@@ -76,6 +76,7 @@ class Pusher:
             known = self.cells.seen([event.id for event in events])
             fresh = list({event.id: event for event in events if event.id not in known}.values())
             tables, new = with_events(self.spec, self.tables, fresh)
+            self._refuse_dangling(held["snapshot"], tables, new)
             last = int(held.get(PUSHED, 0)) + len(fresh)
             ids = frozenset(event.id for event in fresh)
             done[:] = [(tables, Receipt(len(fresh), len(events) - len(fresh), last, ids))]
@@ -84,13 +85,29 @@ class Pusher:
             upto = json.loads(held.get("newest", "{}"))
             for source, table in new.items():
                 upto[source] = max(upto.get(source, MISSING), newest(table) or MISSING)
-            cells = changed_cells(self.spec, tables, new, int(held["data_us"]))
+            cells = _told(changed_cells(self.spec, tables, new, int(held["data_us"])))
             return Update({"newest": json.dumps(upto)}, cells, whole=False, events=fresh)
 
         self.cells.feed(decide)
         self.tables, receipt = done[0]
         self.at = (self.at[0], receipt.last, self.at[2])
         return receipt
+
+    def _refuse_dangling(self, snapshot: str, tables: Tables, new: Tables) -> None:
+        """Raises BadEvent for a fact that refers to none, where all rows must: a contract would refuse what it lands in."""
+        for name, rows in new.items():
+            for reference in (r for r in self.spec.sources[name].references if r.share == 1):
+                left = _dangling(rows, reference.columns, tables[reference.to])
+                if left.num_rows:  # what is old lies in the snapshot alone
+                    left = _dangling(left, reference.columns, self._whole(snapshot, reference.to))
+                if left.num_rows:
+                    lost = {column: str(value) for column, value in left.slice(0, 1).to_pylist()[0].items()}
+                    raise BadEvent(
+                        f"source {name!r}: no fact of {reference.to!r} has {lost}, which an event refers to: push that first"
+                    )
+
+    def _whole(self, snapshot: str, name: str) -> pa.Table:
+        return read_table(self.spec, self.home, read_snapshot(self.home, self.spec.pipeline, snapshot), name)
 
     def _catch_up(self, held: Meta) -> None:
         """Brings the tables to what the store was fed, and to the events of other writers."""
@@ -106,6 +123,22 @@ class Pusher:
         tables = with_events(self.spec, self.tables, self.cells.events())[0]
         self.tables = {name: without_erased(self.home, self.spec.pipeline, table) for name, table in tables.items()}
         self.at = now
+
+
+def _dangling(rows: pa.Table, columns: Sequence[str], to: pa.Table) -> pa.Table:
+    """Rows whose columns, none of them null, are those of no row of `to`; these columns alone."""
+    rows = rows.select([*columns]).drop_null()
+    there = to.take(pa.array(rows_among(to, columns, rows)))
+    asked, known = (text_keys(key_arrays(t, columns), t.num_rows) for t in (rows, there))
+    return rows.filter(pa.array(codes_of(asked, one_chunk(known)) < 0))
+
+
+def _told(cells: Iterable[Change]) -> Iterator[Change]:
+    """Cells that are made when they are asked for; what cannot be made of an event is said of it."""
+    try:
+        yield from cells
+    except MillraceError as error:
+        raise BadEvent(str(error)) from None
 
 
 def with_events(spec: Spec, tables: Tables, events: Iterable[Event], *, landed_wins: bool = False) -> tuple[Tables, Tables]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.facts import closing_facts, first_known, holds, int_times, versions
-from features.keys import codes_of, grouped, key_arrays, text_keys
+from features.keys import codes_of, grouped, key_arrays, rows_among, text_keys
 from features.steps import KEY
 from features.views import RECENT, stored_views
 from pipelines.clock import MISSING, NEVER
@@ -167,14 +167,15 @@ def online_rows(spec: Spec, tables: Mapping[str, pa.Table], now: int) -> pa.Tabl
     the columns. Raises Refused for keys that are not exact as numbers."""
     _refuse_large_keys(spec, tables[spec.rows.source])
     v = versions(tables[spec.rows.source], spec.row_source)
-    names = text_keys(key_arrays(v.table, spec.row_key), v.table.num_rows)
-    closed = first_known(names, closing_facts(spec, tables))
-    table = v.table.select([*spec.row_source.columns]).append_column(KEY, names)
-    for name, values in (("_live_from", v.known_from), ("_live_to", v.known_to), ("_closed_at", closed)):
+    table, times = v.table, {"_live_from": v.known_from, "_live_to": v.known_to}
+    for name, values in times.items():
         table = table.append_column(name, pa.array(values))
-    keep = pc.is_valid(names)
     if spec.predict_at is not None:
-        due = int_times(v.table[spec.predict_at.column])
-        keep = pc.and_(keep, pa.array((due >= now - RECENT) | (due == MISSING)))
-    table = table.filter(keep)
+        due = int_times(table[spec.predict_at.column])
+        table = table.filter(pa.array((due >= now - RECENT) | (due == MISSING)))
+    names = text_keys(key_arrays(table, spec.row_key), table.num_rows)
+    closing = {name: tables[name].take(pa.array(rows_among(tables[name], spec.row_key, table))) for name in spec.closed_by}
+    closed = first_known(names, closing_facts(spec, closing))
+    table = table.append_column(KEY, names).append_column("_closed_at", pa.array(closed)).filter(pc.is_valid(names))
+    table = table.select([*spec.row_source.columns, KEY, *times, "_closed_at"])
     return table.take(pc.sort_indices(table, [(KEY, "ascending"), ("_live_from", "ascending")])).combine_chunks()

@@ -85,10 +85,10 @@ def as_of(start: np.ndarray, step_t: np.ndarray, codes: np.ndarray, t: np.ndarra
     """The merge function: for each (key code, t) the row of the newest step with step_t ≤ t, −1 where none (Q)."""
     if len(start) < 2:
         return np.full(len(t), -1)
-    if len(t) == 1 and codes[0] >= 0:
-        lo, hi = start[codes[0]], start[codes[0] + 1]
-        after = step_t[lo:hi].searchsorted(t, side="right")
-        return lo + after - 1 if after[0] else np.array([-1])
+    if len(t) == 1 and (code := int(codes[0])) >= 0:
+        lo, hi = start[code : code + 2].tolist()
+        after = int(step_t[lo:hi].searchsorted(t[0], side="right"))
+        return np.array([lo + after - 1 if after else -1])
     safe = np.maximum(codes, 0)
     at = bisect(start, step_t, safe, t, right=True) - 1
     return np.where((codes >= 0) & (at >= start[safe]), at, -1)
@@ -128,12 +128,12 @@ def accumulate(keys: pa.Array, codes: np.ndarray, moves: Sequence[Move]) -> Step
     last = np.append((code[1:] != code[:-1]) | (t[1:] != t[:-1]), True) if len(t) else np.zeros(0, bool)
     code, t = code[last], t[last]
     start = starts(code, len(keys))
+    lengths = np.diff(start)
     columns: Columns = {}
     for name in dict.fromkeys(name for _, _, values in moves for name in values):
         parts = [values[name][counts] if name in values else np.zeros(np.count_nonzero(counts), np.int64)
                  for _, counts, values in moves]  # fmt: skip
         # int64 wraps around, and the difference of two wrapped sums is right as long as it fits itself
-        total = np.cumsum(np.concatenate(parts)[order])[last]
-        before = np.concatenate([[0], total])[start[:-1]]
-        columns[name] = total - np.repeat(before, np.diff(start))
+        total = np.concatenate(parts)[order].cumsum()[last]
+        columns[name] = total - np.append(0, total)[start[:-1]].repeat(lengths)
     return Steps(keys, start, t, columns)

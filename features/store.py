@@ -18,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.facts import Columns, Facts, int_times
+from features.facts import Columns, Facts
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, facts_since, grew_from, newest, read_snapshot, read_table
-from features.keys import KNOWN, filled, one_chunk
+from features.keys import filled, one_chunk
 from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
 from features.parts import Base, write_parts
 from features.rows import online_rows
 from features.steps import TIME
 from features.views import absent, stored_views
-from pipelines.clock import DAY_US, MISSING, NEVER
+from pipelines.clock import DAY_US, MISSING
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of, file_digest, read_json, write_json, write_page
@@ -35,6 +35,8 @@ from pipelines.spec import Sequence, Spec, TimeSplit
 
 if TYPE_CHECKING:
     from features.quick_feast import FeatureStore
+
+REGISTRY = "registry.pb"
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,8 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
     code = code_digest("features")
     if (folder / "done.json").exists():
         done = read_json(folder / "done.json")
-        if done["code"] == code and all(
-            (folder / f).is_file() and file_digest(folder / f) == d for f, d in done["files"].items()
-        ):
+        held = {**done["files"], REGISTRY: done.get("registry")}
+        if done["code"] == code and all((folder / f).is_file() and file_digest(folder / f) == d for f, d in held.items()):
             return _feature_set(home, folder, done)
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder.with_name(f".{folder.name}.partial")
@@ -97,7 +98,8 @@ def build_features(spec: Spec, home: Home, snapshot: Snapshot, *, since: int = M
         place = served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, defs))
         apply_feast(spec, scratch, place if isinstance(place, str) else os.path.relpath(place, scratch), base)
         done = {
-            "files": files, "code": code, "defs_digest": defs, "snapshot": snapshot.digest, "since_us": since,
+            "files": files, "registry": file_digest(scratch / REGISTRY), "code": code, "defs_digest": defs,
+            "snapshot": snapshot.digest, "since_us": since,
             "watermark_us": snapshot.watermark_us, "rows": sum(rows.values()),
             "newest_us": {name: us for name, table in tables.items() if (us := newest(table)) is not None},
         }  # fmt: skip
@@ -132,18 +134,17 @@ def _base(spec: Spec, home: Home, snapshot: Snapshot, folders: Path, tables: Map
     """The feature folder of the newest snapshot that this one grew from."""
     code, found = code_digest("features"), []
     for path in folders.glob("*/done.json"):
-        body = read_json(path)
+        body, registry = read_json(path), path.with_name(REGISTRY)
+        if not registry.is_file() or file_digest(registry) != body.get("registry"):  # `feast apply` has emptied it
+            continue
         if body["code"] == code and (home.snapshots(spec.pipeline) / f"{body['snapshot']}.json").exists():
             found.append((read_snapshot(home, spec.pipeline, body["snapshot"]), path.parent, body["files"]))
     older = [item for item in found if grew_from(home, snapshot, item[0])]
     if not older:
         return None
     since, folder, files = max(older, key=lambda item: (item[0].watermark_us, item[1].name))
-    fresh = {}
-    for name, table in tables.items():
-        known = int_times(facts_since(spec, home, snapshot, since, name, table)[KNOWN])
-        fresh[name] = int(known.min(initial=NEVER))
-    return Base(folder, frozenset(files), fresh)
+    new = {name: facts_since(spec, home, snapshot, since, name, table) for name, table in tables.items()}
+    return Base(folder, frozenset(files), new)
 
 
 def _summary(spec: Spec, folder: Path, rows: Mapping[str, int]) -> None:
@@ -172,7 +173,7 @@ def apply_feast(spec: Spec, folder: Path, store_place: str, base: Base | None = 
     """
     _feast_yaml(spec, folder, store_place)
     if base:
-        shutil.copyfile(base.folder / "registry.pb", folder / "registry.pb")
+        shutil.copyfile(base.folder / REGISTRY, folder / REGISTRY)
         return
     from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
     from features.quick_feast import types as feast
@@ -215,7 +216,7 @@ def _feast_yaml(spec: Spec, folder: Path, store_place: str) -> None:
     if clock is not None:
         online |= {"clock": clock.kind, "speed": clock.speed, "offset": clock.offset}
     (folder / "feature_store.yaml").write_text(
-        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: registry.pb, cache_ttl_seconds: 0}}\n"
+        f"project: {spec.pipeline}\nprovider: local\nregistry: {{path: {REGISTRY}, cache_ttl_seconds: 0}}\n"
         "offline_store: {type: features.asof.AsofOfflineStore}\n"
         f"online_store: {json.dumps(online)}\nentity_key_serialization_version: 3\n"
         "materialization: {pull_latest_features: true}\n"

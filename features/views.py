@@ -38,9 +38,9 @@ def others_of(shape: Window | Open | Latest | Chain) -> tuple[str, ...]:
     return shape.closed_by if isinstance(shape, Open) else tuple(shape.facts) if isinstance(shape, Chain) else ()
 
 
-def longest(shape: Window | Open) -> int:
-    """The length of the longest window of a view, µs."""
-    return max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
+def reach(shape: Window | Open | Chain) -> int:
+    """How far from an asked time, or from the order of an asked plan, a fact may lie that counts, µs."""
+    return shape.within if isinstance(shape, Chain) else max((*shape.last, *(shape.next if isinstance(shape, Window) else ())))
 
 
 def held(column: str, key: Sequence[str]) -> str:

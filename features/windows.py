@@ -17,20 +17,23 @@ Shapes: N facts or steps, Q queries, K keys.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.facts import Columns, Facts, Versions, floats, holds, int_times
-from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys
+from features.facts import Columns, Facts, Versions, floats, int_times
+from features.keys import codes_of, grouped, key_arrays, one_chunk, text_keys, true
 from features.ranked import changes, first_live
 from features.steps import KEY, LIMIT, TIME, Move, Steps, accumulate, as_of, is_newest, order_of, starts
-from features.views import EWM, Stored, held, longest, resolution, stored_of
+from features.views import EWM, Stored, held, reach, resolution, stored_of
 from pipelines.clock import MISSING, NEVER
 from pipelines.errors import MillraceError
-from pipelines.spec import Ewm, Latest, Source, Window
+from pipelines.spec import Ewm, Latest, Open, Source, Window
 from pipelines.spec import Sequence as Chain
+
+RANGE = 500_000  # facts that a view is built from at once
 
 
 @dataclass(frozen=True)
@@ -38,33 +41,68 @@ class Group:
     """Fact versions by group key and time: N of them, in that order, at `row` of the table."""
 
     keys: pa.Array
-    first: np.ndarray  # for each key a row of the table that has it
     code: np.ndarray
     over: np.ndarray
     row: np.ndarray
     known_from: np.ndarray
     known_to: np.ndarray
 
+    def first(self) -> np.ndarray:
+        """For each key a row of the table that has it, 0 where none has."""
+        return np.append(self.row, 0)[np.searchsorted(self.code, np.arange(len(self.keys)))]
 
-def group_versions(
-    facts: Versions, key: Sequence[str], over: np.ndarray, ends: np.ndarray, since: int, only: pa.Array | None = None
-) -> Group:  # fmt: skip
-    """The versions that have a group key (one of `only`) and a time `over`, and whose span may end after `since` (at `ends`)."""
-    alive = (over != MISSING) & (facts.known_from < facts.known_to) & (np.minimum(facts.known_to, ends) > since)
-    row = np.flatnonzero(alive)
-    some = facts.table.select([*key])
-    some = some if len(row) == len(alive) else some.take(pa.array(row))
-    keys, codes = grouped(within(text_keys(key_arrays(some, key), len(row)), only))
+
+def group_versions(facts: Facts, shape: Window | Open, since: int, only: pa.Array | None = None) -> Group:
+    """The versions that have a group key (one of `only`, distinct) and a time, and that may be in a window after `since`."""
+    v, over, length = facts.versions(shape.source), facts.over(shape), reach(shape)
+    those = (shape.source, shape.over, length, since)  # views that have them in common share their texts
+    row = facts.once(("alive", *those), lambda: alive(v, over, length, since))
+    texts = [facts.once(("texts", *those, name), partial(names_of, v, (name,), row)) for name in shape.key]
+    names = text_keys(texts, len(row))
+    keys, codes = grouped(names) if only is None else (only, codes_of(names, only))
     row, codes = row[codes >= 0], codes[codes >= 0]
     order = order_of(codes, over[row])
     row, codes = row[order], codes[order]
-    first = row[first_rows(keys, codes)]
-    return Group(keys, first, codes, over[row], row, facts.known_from[row], facts.known_to[row])
+    return Group(keys, codes, over[row], row, v.known_from[row], v.known_to[row])
 
 
-def within(names: pa.Array, only: pa.Array | None) -> pa.Array:
-    """Keys, those that are not among `only` as null."""
-    return names if only is None else pc.if_else(pc.is_in(names, value_set=only), names, pa.scalar(None, names.type))
+def alive(facts: Versions, over: np.ndarray, length: int, since: int) -> np.ndarray:
+    """Positions of the versions that have a time `over`, and whose span in a window of that length may end after `since`."""
+    ends = (facts.known_to > since) & (over > max(since - length, MISSING))
+    return np.flatnonzero(ends & (over != MISSING) & (facts.known_from < facts.known_to))
+
+
+def names_of(facts: Versions, key: Sequence[str], rows: np.ndarray) -> pa.Array:
+    """Text key of some rows."""
+    some = facts.table.select([*key])
+    some = some if len(rows) == some.num_rows else some.take(pa.array(rows))
+    return text_keys(key_arrays(some, key), len(rows))
+
+
+def in_ranges(facts: Facts, name: str, since: int) -> Iterator[tuple[Facts, bool]]:
+    """The facts that a view needs for t ≥ since, in the order of its keys, about RANGE of them at once; and which are the last.
+
+    Those of one key come together; what few facts or a chain are made of comes at once.
+    """
+    shape = facts.spec.features.views[name].shape
+    if isinstance(shape, Chain) or facts.tables[shape.source].num_rows <= RANGE:
+        yield facts, True
+        return
+    v = facts.versions(shape.source)
+    rows = np.arange(len(v.fact)) if isinstance(shape, Latest) else alive(v, facts.over(shape), reach(shape), since)
+    if (count := -(-len(rows) // RANGE)) <= 1:
+        yield facts, True
+        return
+    sample = names_of(v, shape.key, np.random.default_rng(0).choice(rows, 200 * count))
+    sample = sample.take(pc.sort_indices(sample)).drop_null()
+    bounds = [sample[len(sample) * i // count] for i in range(1, count) if len(sample)]
+    place = np.full(len(v.fact), count, np.uint16)
+    for some in np.split(rows, range(RANGE, len(rows), RANGE)):
+        names = names_of(v, shape.key, some)
+        place[some] = sum((true(pc.greater_equal(names, bound)) for bound in bounds), np.zeros(len(some), np.uint16))
+    del rows, some, names
+    for i in range(count):
+        yield facts.of_rows(shape.source, np.flatnonzero(place == i)), i == count - 1
 
 
 def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
@@ -77,23 +115,25 @@ def first_rows(keys: pa.Array, codes: np.ndarray) -> np.ndarray:
 def _scaled(values: np.ndarray, source: Source, name: str, power: int) -> np.ndarray:
     """Values in whole steps of their resolution (int64, 0 where NaN). Raises MillraceError where a power overflows."""
     scaled = np.rint(np.where(np.isnan(values), 0.0, values) / resolution(source, name))
+    if len(scaled) and source.columns[name].type == "int64" and np.abs(scaled).max() >= 2**53:
+        raise MillraceError(f"column {name!r} holds whole numbers of 2^53 or more, which windows cannot add up exactly")
     if len(scaled) and not float(np.abs(scaled).max()) ** power < LIMIT:
         raise MillraceError(f"column {name!r}: {np.nanmax(np.abs(values)):g} is too large for its resolution")
     return scaled.astype(np.int64)
 
 
-def window_values(source: Source, shape: Window, table: pa.Table, rows: np.ndarray) -> Columns:
+def window_values(facts: Facts, shape: Window, rows: np.ndarray) -> Columns:
     """What each fact adds to the sums of a window view (int64, N: the rows)."""
-    at = pa.array(rows)
+    source = facts.spec.sources[shape.source]
     found: Columns = {"_count": np.ones(len(rows), np.int64)}
     for name in shape.added:
-        values = floats(table[name].take(at))
+        values = facts.floats(shape.source, name)[rows]
         found[f"_{name}_n"] = (~np.isnan(values)).astype(np.int64)
         found[f"_{name}_sum"] = _scaled(values, source, name, 1 + (name in shape.std))
         if name in shape.std:
             found[f"_{name}_squares"] = found[f"_{name}_sum"] ** 2
     for name, condition in shape.share.items():
-        true, there = holds(condition, table[condition.column].take(at))
+        true, there = (mask[rows] for mask in facts.holds(shape.source, condition))
         found.setdefault(f"_{condition.column}_n", there.astype(np.int64))
         found[f"_{name}_hits"] = true.astype(np.int64)
     return found
@@ -146,11 +186,11 @@ def _pairs(group: Group, values: np.ndarray) -> Pairs:
     return Pairs(pairs // width, fact)
 
 
-def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -> WindowFacts:
+def window_facts(facts: Facts, shape: Window, group: Group) -> WindowFacts:
     """Reads the columns of a window view once."""
-    at, numbers = pa.array(group.row), {}
+    source, v, numbers = facts.spec.sources[shape.source], facts.versions(shape.source), {}
     for name in dict.fromkeys((*shape.min, *shape.max, *shape.newest, *(shape.ewm.columns if shape.ewm else ()))):
-        values = floats(facts.table[name].take(at))
+        values = facts.floats(shape.source, name)[group.row]
         numbers[name] = np.where(np.isnan(values), MISSING, _scaled(values, source, name, 1))
     ranked = []
     for suffix, sign, columns in (("min", -1, shape.min), ("max", 1, shape.max)):
@@ -161,9 +201,9 @@ def window_facts(source: Source, shape: Window, facts: Versions, group: Group) -
             ranked.append(Ranked(rank, {f"_{name}_{suffix}": numbers[name]}))
     taken = {f"_{name}_newest": numbers[name] for name in shape.newest} | ({"_newest": group.over} if shape.since else {})
     if taken:
-        ranked.append(Ranked(_ranks(group.over, group.known_from, facts.fact[group.row]), taken))
-    distinct = {name: _pairs(group, grouped(one_chunk(facts.table[name].take(at)))[1]) for name in shape.nunique}
-    return WindowFacts(group, window_values(source, shape, facts.table, group.row), numbers, ranked, distinct)
+        ranked.append(Ranked(_ranks(group.over, group.known_from, v.fact[group.row]), taken))
+    distinct = {name: _pairs(group, grouped(one_chunk(v.table[name].take(pa.array(group.row))))[1]) for name in shape.nunique}
+    return WindowFacts(group, window_values(facts, shape, group.row), numbers, ranked, distinct)
 
 
 def _ranks(*by: np.ndarray) -> np.ndarray:
@@ -187,10 +227,10 @@ def window_steps(shape: Window, of: WindowFacts, length: int, *, ahead: bool, si
         moves += ewm_moves(shape.ewm, of, enter, leave, length)
     steps = accumulate(group.keys, group.code, moves)
     most = int(steps.columns["_count"].max(initial=0))
-    for name, value in ((n, v) for _, _, columns in moves for n, v in columns.items()):
+    for name, value in ((n, v) for _, _, columns in moves[::2] for n, v in columns.items()):  # what comes leaves again
         if most * float(np.abs(value).max(initial=0)) >= LIMIT:
             raise MillraceError(f"window sum of {name!r} may overflow: give its column a coarser resolution")
-    at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start))
+    at = np.repeat(np.arange(len(group.keys)), np.diff(steps.start)) if of.distinct or of.ranked else steps.t
     for name, pairs in of.distinct.items():
         steps.columns[f"_{name}_nunique"] = distinct(pairs, group, enter, leave, at, steps.t)
     if of.ranked:
@@ -312,8 +352,11 @@ def _expire(code: np.ndarray, t: np.ndarray, row: np.ndarray, seen: np.ndarray, 
 def sequence_table(facts: Facts, shape: Chain, since: int) -> pa.Table:
     """The plans of each chain with what was known of them: one row per plan and state, live for [live_from, live_to).
 
-    Sorted by chain key, `order`, and which of equal ones counts (known last, then greatest fact key).
+    At least the states with `order` ≥ since. Sorted by chain key, `order`, and which of equal ones counts (known last, then
+    greatest fact key).
     """
+    if since != MISSING:
+        facts = facts.narrowed(shape.source, facts.times(shape.source, shape.order) >= since, tuple(shape.facts))
     plans, plan_key = facts.versions(shape.source), facts.spec.sources[shape.source].key
     others = {name: facts.versions(name) for name in shape.facts}
     keys = facts.names(shape.source, plan_key).take(pa.array(np.flatnonzero(np.diff(plans.fact, prepend=-1))))
@@ -330,7 +373,7 @@ def sequence_table(facts: Facts, shape: Chain, since: int) -> pa.Table:
     due = int_times(plans.table[shape.order])[np.maximum(plan, 0)] if len(plan) else plan
     chains, chain_of = grouped(text_keys(key_arrays(plans.table, shape.key), plans.table.num_rows))
     chain = np.where(plan >= 0, chain_of[np.maximum(plan, 0)], -1) if len(plan) else plan
-    kept = np.flatnonzero((chain >= 0) & (due != MISSING) & (until > since))
+    kept = np.flatnonzero((chain >= 0) & (due != MISSING))
     known = plans.known_from[plan[kept]]
     kept = kept[np.lexsort((known, due[kept], chain[kept]))]  # ties: by fact, then time, as they are
     code, t, until, due, chain, at = (x[kept] for x in (code, t, until, due, chain, plan))
@@ -352,7 +395,7 @@ def build_views(
     """The stored tables of a view of the spec, right for every t ≥ since; of all keys, or of `only` these (a chain of all).
 
     Columns: text `key` and key columns, step time, and what the view holds; sorted by key and time. A sequence is as
-    `sequence_table` gives it.
+    `sequence_table` gives it, and right for every order ≥ since.
     """
     view = facts.spec.features.views[name]
     shape, views = view.shape, stored_of(facts.spec, name, view)
@@ -361,24 +404,35 @@ def build_views(
         return
     source, v = facts.spec.sources[shape.source], facts.versions(shape.source)
     if isinstance(shape, Latest):
-        names = within(facts.names(shape.source, shape.key), only)
+        names = facts.names(shape.source, shape.key)
+        if only is not None:
+            names = pc.if_else(pc.is_in(names, value_set=only), names, pa.scalar(None, names.type))
         steps, first = latest_steps(source, shape, v, names), first_rows(*grouped(names))
         for stored in views:
             moved = replace(steps, t=steps.t + (stored.length if stored.kind == "ago" else 0))
             yield stored, step_table(stored, moved, v.table, first)
         return
-    over = facts.times(shape.source, shape.over or str(source.event_time))
-    group = group_versions(v, shape.key, over, over + longest(shape), since, only)
+    for stored, group, steps in build_sums(facts, name, since, only=only):
+        yield stored, step_table(stored, steps, v.table, group.first())
+
+
+def build_sums(
+    facts: Facts, name: str, since: int, *, only: pa.Array | None = None
+) -> Iterator[tuple[Stored, Group, Steps]]:  # fmt: skip
+    """The facts of a window or backlog view, of all keys or of `only` these, and the steps of what it is stored as: none is
+    before `since`."""
+    view = facts.spec.features.views[name]
+    shape, views = view.shape, stored_of(facts.spec, name, view)
+    assert isinstance(shape, Window | Open)
+    group = group_versions(facts, shape, since, only)
     if isinstance(shape, Window):
-        of = window_facts(source, shape, v, group)
+        of = window_facts(facts, shape, group)
         for stored in views:
-            steps = window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
-            yield stored, step_table(stored, steps, v.table, group.first)
+            yield stored, group, window_steps(shape, of, stored.length, ahead=stored.ahead, since=since)
     else:
         closed_at = facts.closed_at(shape.source, shape.closed_by, group.row)
         for stored in views:
-            steps = open_steps(group, closed_at, stored.length, since)
-            yield stored, step_table(stored, steps, v.table, group.first)
+            yield stored, group, open_steps(group, closed_at, stored.length, since)
 
 
 def step_table(stored: Stored, steps: Steps, table: pa.Table, first: np.ndarray) -> pa.Table:

@@ -4,12 +4,15 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 """
 
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from zoneinfo import ZoneInfo, available_timezones
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,6 +32,31 @@ _DURATION_SCHEMA = {"type": "string", "pattern": r"^-?\d+(us|ms|s|m|h|d)$", "exa
 Duration = Annotated[
     int, BeforeValidator(duration_us), PlainSerializer(duration_text), WithJsonSchema(_DURATION_SCHEMA)
 ]
+
+
+def _above_zero(us: int) -> int:
+    if us <= 0:
+        raise ValueError(f"{duration_text(us)} is not above 0s")
+    return us
+
+
+def _not_below_zero(us: int) -> int:
+    if us < 0:
+        raise ValueError(f"{duration_text(us)} is below 0s")
+    return us
+
+
+def _zone(name: str) -> str:
+    try:
+        return ZoneInfo(name).key
+    except (KeyError, ValueError, OSError):
+        known = sorted(available_timezones())
+        raise ValueError(f"no time zone is named {name!r}{nearest(name, known)}: write one such as America/New_York") from None
+
+
+Length = Annotated[Duration, AfterValidator(_above_zero)]
+Delay = Annotated[Duration, AfterValidator(_not_below_zero)]
+Zone = Annotated[str, AfterValidator(_zone)]
 ColumnType = Literal["string", "int64", "float64", "bool", "timestamp"]
 
 
@@ -179,7 +207,7 @@ class PredictAt(Model):
 
     column: str = Field(description="timestamp column of the rows source")
     lead: Duration = Field(description="how long before that time the prediction is made")
-    tolerance: Duration = Field(description="how far from that instant a request still counts as in time")
+    tolerance: Delay = Field(description="how far from that instant a request still counts as in time")
 
 
 class Ewm(Model):
@@ -239,7 +267,7 @@ class Open(Model):
     source: str = Field(alias="from", description="source of the plans")
     key: tuple[str, ...] = Field((), description="columns that name the group; empty: all plans")
     over: str = Field(description="timestamp column: when the plan is due")
-    last: tuple[Duration, ...] = Field(min_length=1, description="window lengths")
+    last: tuple[Length, ...] = Field(min_length=1, description="window lengths")
     closed_by: tuple[str, ...] = Field(min_length=1, description="sources with the plan's key that close it")
 
 
@@ -247,7 +275,7 @@ class Change(Model):
     """Value now minus the value that was known some time ago."""
 
     columns: tuple[str, ...] = Field(min_length=1, description="number columns")
-    over: tuple[Duration, ...] = Field(min_length=1, description="how long ago")
+    over: tuple[Length, ...] = Field(min_length=1, description="how long ago")
 
 
 class Latest(Model):
@@ -256,7 +284,7 @@ class Latest(Model):
     source: str = Field(alias="from", description="source of the facts")
     key: tuple[str, ...] = Field(description="columns that name the group")
     columns: tuple[str, ...] = Field(min_length=1, description="columns that become features")
-    ttl: Duration | None = Field(None, description="oldest event time accepted: t − ttl ≤ event time")
+    ttl: Delay | None = Field(None, description="oldest event time accepted: t − ttl ≤ event time")
     change: Change | None = Field(None, description="differences against earlier values")
 
 
@@ -266,7 +294,7 @@ class Sequence(Model):
     source: str = Field(alias="from", description="source of the plans")
     key: tuple[str, ...] = Field(description="columns that name the chain, such as an aircraft")
     order: str = Field(description="timestamp column; the row's own value is a request field")
-    within: Duration = Field(description="how far back the previous plan may lie")
+    within: Length = Field(description="how far back the previous plan may lie")
     columns: tuple[str, ...] = Field((), description="columns of the previous plan that become features")
     facts: dict[str, tuple[str, ...]] = Field(
         {}, description="source → number columns of the newest version known at t, found by the plan's key"
@@ -298,7 +326,7 @@ class Calendar(Model):
     """Parts of a timestamp in local time."""
 
     column: str = Field(description="timestamp column of the rows source")
-    timezone: str = Field(description="IANA zone, such as America/New_York")
+    timezone: Zone = Field(description="IANA zone, such as America/New_York")
     parts: tuple[Literal["minute_of_day", "hour", "weekday", "day", "month", "day_of_year"], ...] = Field(
         ("minute_of_day", "weekday", "month"), description="what becomes a feature"
     )
@@ -334,7 +362,7 @@ class Auto(Model):
         tuple(hours * 3_600_000_000 for hours in (1, 3, 8, 24, 7 * 24, 30 * 24)), min_length=1,
         description="window lengths proposed, shortest first; of these a group gets those in which facts can be expected",
     )  # fmt: skip
-    timezone: str = Field("UTC", description="IANA zone of the calendar features")
+    timezone: Zone = Field("UTC", description="IANA zone of the calendar features")
     rows: int = Field(60_000, ge=100, description="newest training rows by which features are chosen")
     keep: int = Field(150, ge=1, description="features kept at most, strongest first")
     alike: float = Field(0.99, gt=0, le=1, description="rank correlation from which one of two features is dropped")
@@ -553,7 +581,7 @@ class Spec(Model):
     predict_at: PredictAt | None = None
     closed_by: tuple[str, ...] = Field((), description="sources whose fact known at t means: too late to ask")
     label: Label
-    label_delay: Duration | None = Field(None, description="time after which an outcome is known")
+    label_delay: Delay | None = Field(None, description="time after which an outcome is known")
     split: TimeSplit | HashSplit = Field(discriminator="by")
     features: Features = Features()
     gbdt: Gbdt = Gbdt()
@@ -618,15 +646,28 @@ class _Check:
             )
         return columns[name]
 
+    def compared(self, source: str, condition: Condition, where: str) -> None:
+        """That the column of a condition can be compared with its bound."""
+        kind = self.column(source, condition.column, f"{where}.column").type
+        ((operator, bound),) = condition.comparison().items()
+        fits = {"string": isinstance(bound, str), "timestamp": False}.get(kind, isinstance(bound, int | float))
+        if not fits or (isinstance(bound, bool) and kind != "bool"):
+            raise ValueError(f"{where}: {condition.column!r} is {kind}, it cannot be compared by {operator}: {bound!r}")
+
+    def once(self, columns: tuple[str, ...], where: str) -> None:
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{where} names a column twice: {', '.join(columns)}")
+
     def run(self) -> None:
         spec = self.spec
         for name, source in spec.sources.items():
             self.check_source(name, source)
         self.source(spec.rows.source, "rows.from")
         if not isinstance(spec.rows.key, str):
+            self.once(spec.rows.key, "rows.key")
             for column in spec.rows.key:
                 self.column(spec.rows.source, column, "rows.key")
-        self.column(spec.label.source, spec.label.column, "label.column")
+        self.compared(spec.label.source, spec.label, "label")
         for column in spec.features.row:
             self.not_label(column, "features.row")
         if spec.timed:
@@ -639,6 +680,9 @@ class _Check:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or "__" in name:
                 raise ValueError(f"features.views {name!r}: use lower-case letters, digits and single underscores")
             self.check_view(f"features.views.{name}", view)
+        names = Counter(["rows", *(table for name, view in spec.features.views.items() for table in _tables(name, view))])
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"features.views: {twice[0]!r} would name two tables: rename a view, or give each length once")
         if spec.features.calendar:
             self.column(spec.rows.source, spec.features.calendar.column, "features.calendar.column", "timestamp")
         self.check_derived()
@@ -650,6 +694,7 @@ class _Check:
         for column in source.columns:
             if column.startswith("_"):
                 raise ValueError(f"{where}.columns {column!r}: names that begin with _ are Millrace's own; rename it")
+        self.once(source.key, f"{where}.key")
         if not (not self.spec.timed and source.key == ("row_digest",)):
             for column in source.key:
                 if self.column(name, column, f"{where}.key").type == "float64":
@@ -737,6 +782,7 @@ class _Check:
         shape = view.shape
         if "event_timestamp" in (*shape.key, getattr(shape, "order", None)):
             raise ValueError(f"{where}: Feast calls the time of a row event_timestamp; rename that column")
+        self.once(shape.key, f"{where}.key")
         for column in shape.key:
             theirs = self.column(shape.source, column, f"{where}.key").type
             own = self.column(self.spec.rows.source, column, f"{where}.key").type
@@ -754,8 +800,8 @@ class _Check:
                     raise ValueError(f"{where}: {column!r} is float64: declare its resolution in the source")
             for column in shape.nunique:
                 self.column(shape.source, column, f"{where}.nunique")
-            for condition in shape.share.values():
-                self.column(shape.source, condition.column, f"{where}.share")
+            for name, condition in shape.share.items():
+                self.compared(shape.source, condition, f"{where}.share.{name}")
             if shape.next and self.spec.sources[shape.source].kind != "plan":
                 raise ValueError(f"{where}.next looks ahead: it needs a source of kind plan")
         elif isinstance(shape, Open):
@@ -777,6 +823,17 @@ class _Check:
             for name, columns in shape.facts.items():
                 for column in columns:
                     self.column(name, column, f"{where}.facts", "int64", "float64", "bool")
+
+
+def _tables(name: str, view: View) -> list[str]:
+    """The tables that a view is stored as, as `features.views.stored_of` names them."""
+    shape = view.shape
+    if isinstance(shape, Sequence):
+        return [name]
+    if isinstance(shape, Latest):
+        return [name, *(f"{name}_ago_{duration_text(ago)}" for ago in (shape.change.over if shape.change else ()))]
+    ahead = shape.next if isinstance(shape, Window) else ()
+    return [f"{name}_{duration_text(w)}" for w in shape.last] + [f"{name}_next_{duration_text(w)}" for w in ahead]
 
 
 def pipeline_names() -> list[str]:

@@ -404,7 +404,10 @@ def test_the_newest_of_each_key_is_materialised(repo: Path) -> None:
     assert answer["x"] == [1.0, 4.0, None, None, 9.0]
 
 
-def test_a_view_without_keys_is_materialised(repo: Path) -> None:
+@pytest.mark.parametrize("latest", ["true", "false"])
+def test_a_view_without_keys_is_materialised(repo: Path, latest: str) -> None:
+    settings = repo / "feature_store.yaml"
+    settings.write_text(settings.read_text().replace("pull_latest_features: true", f"pull_latest_features: {latest}"))
     write(repo / "f.parquet", [simple(1, 10, 10, 1.0), simple(2, 20, 20, 2.0)], kinds=K_X)
     store = applied(repo, view("v", "f.parquet", keys={}))
     store.materialize(START, START + 30 * US)
@@ -581,6 +584,10 @@ def test_errors_say_what_is_wrong(one: FeatureStore, repo: Path) -> None:
         refused(one, good.assign(x=1.0))
     with pytest.raises(MillraceError, match="entity column 'k' is string"):
         refused(one, good.assign(k="a"))
+    with pytest.raises(MillraceError, match=r"entity column 'k' is date32.*source has int64"):
+        refused(one, good.assign(k=date(2024, 1, 1)))
+    with pytest.raises(MillraceError, match="entity column 'event_timestamp' is string, expected times"):
+        refused(one, good.assign(event_timestamp="2024-01-01 10:00:00"))
     with pytest.raises(Exception, match="k"):
         refused(one, good.drop(columns="k"))
     with pytest.raises(Exception, match="event_timestamp"):

@@ -285,6 +285,22 @@ def test_an_answer_is_of_one_state_also_where_a_feed_comes_in_its_midst(place: s
     assert len(fed) == (3 if "://" in place else 1)
 
 
+@pytest.mark.redis
+def test_redis_may_forget_the_script_and_close_the_line(redis: Server) -> None:
+    place = f"{redis.url}#test/{next(NAMES)}"
+    fill(place, "m")
+    cells = open_cells(place)
+    assert isinstance(cells, RedisCells)
+    found = [look(cells)]
+    cells.db.script_flush()
+    found.append(look(cells))
+    other = open_cells(place)
+    assert isinstance(other, RedisCells)
+    other.db.client_kill_filter(_type="normal", skipme=True)
+    found += [look(cells), look(cells)]
+    assert found[1:] == found[:1] * 3
+
+
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_server_that_is_down_is_said_and_comes_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     server: Server = request.getfixturevalue(kind)

@@ -328,6 +328,11 @@ def test_a_key_that_names_nothing(made: tuple[Home, Spec, Snapshot], key: str, s
     assert said in str(caught.value)
 
 
+def test_a_key_that_is_given_twice(made: tuple[Home, Spec, Snapshot]) -> None:
+    with pytest.raises(UsageError, match="stop is given twice; erase one entity after the other"):
+        Entity.of(made[1], ["stop=a", "stop=b"])
+
+
 def test_an_entity_that_is_not_there_changes_nothing(home: Home, tmp_path: Path, made: tuple[Home, Spec, Snapshot]) -> None:
     path = tmp_path / "buses.yaml"
     shutil.copy(made[0].root.parent / "buses.yaml", path)

@@ -12,10 +12,12 @@ import pytest
 from features import feed as feeding
 from features import online, rows
 from features.cells import open_cells
+from features.facts import Facts
 from features.feed import changed_cells, feed, feed_changes, recent
-from features.keys import rows_among
+from features.keys import KNOWN, rows_among
 from features.online import OnlineStore, serve_features
 from features.store import write_views
+from features.windows import build_views
 from pipelines.clock import NEVER, Anchor
 from tests.agreement import World, features_at, frame_differences, make_world, same_frames, served_differences
 
@@ -87,25 +89,26 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def closers_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = feeding._touched
-    monkeypatch.setattr(feeding, "_touched", lambda every, new, source, others, joined: honest(every, new, source, (), joined))
+    honest = Facts.touched
+    monkeypatch.setattr(Facts, "touched", lambda every, new, source, others, *joined: honest(every, new, source, (), *joined))
 
 
 def where_a_fact_was_before_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = feeding._touched
+    def mutant(every, new, source, others, *joined, honest=Facts.touched):  # type: ignore[no-untyped-def]
+        if source not in new:
+            return honest(every, new, source, others, *joined)
+        return rows_among(every.tables[source], [*every.spec.sources[source].key, KNOWN], new[source])
 
-    def mutant(every, new, source, others, joined):  # type: ignore[no-untyped-def]
-        return honest(every, new, source, others, joined) if source not in new else new[source]
-
-    monkeypatch.setattr(feeding, "_touched", mutant)
+    monkeypatch.setattr(Facts, "touched", mutant)
 
 
 def other_versions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mutant(every, source, key, touched, others, joined, honest=feeding._facts_of):  # type: ignore[no-untyped-def]
-        some = every.tables[source].take(pa.array(rows_among(every.tables[source], key, touched)))
-        return {**honest(every, source, key, touched, others, joined), source: some}
+    def mutant(every, source, rows, others, *joined, honest=Facts.narrowed):  # type: ignore[no-untyped-def]
+        some = every.tables[source].take(pa.array(np.arange(every.tables[source].num_rows)[rows]))
+        return Facts(every.spec, {**honest(every, source, rows, others, *joined).tables, source: some})
 
-    monkeypatch.setattr(feeding, "_facts_of", mutant)
+
+    monkeypatch.setattr(Facts, "narrowed", mutant)
 
 
 def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +152,23 @@ def test_facts_that_matter_no_more_change_nothing(tmp_path: Path, monkeypatch: p
         left_out += sum(table.num_rows - some[name].num_rows for name, table in world.tables.items())
         compared += len(asked)
     assert left_out > 10 and compared > 20, (left_out, compared)
+
+
+def test_cells_that_change_are_those_of_their_tables_to_the_byte(tmp_path: Path) -> None:
+    """Windows and backlogs are packed from steps alone, of some keys alone: no otherwise than their tables of all keys."""
+    compared = 0
+    for seed in range(5_000, 5_004):
+        world = make_world(seed, tmp_path / str(seed))
+        anchor, layouts = sorted(t for _, t in world.asked())[len(world.asked()) // 2], online.layouts(world.spec)
+        changes = {change[:2]: change[2] for change in changed_cells(world.spec, world.tables, world.tables, anchor)}
+        for name in world.spec.features.views:
+            since = feeding._first(world.spec, layouts[name], anchor) if name in layouts else anchor
+            for stored, table in build_views(Facts(world.spec, world.tables), name, since):
+                whole = dict(feeding._packed(world.spec, layouts[stored.name], table, anchor))
+                some = {key: packed for (view, key), packed in changes.items() if view == stored.name and packed is not None}
+                assert some == whole, (seed, stored.name)
+                compared += len(whole)
+    assert compared > 50
 
 
 def test_a_store_that_is_elsewhere_is_not_moved(tmp_path: Path) -> None:

@@ -224,6 +224,9 @@ def test_a_bad_json_value_is_named_by_line_and_field(home: Home) -> None:
     lines = as_jsonl(rows).split(b"\n")
     assert "line 3 is not JSON" in refusal(home, b"\n".join([*lines[:2], lines[2][:-4], *lines[3:]]), "a.jsonl")
     assert "line 3 is not a JSON object" in refusal(home, b"\n".join([*lines[:2], b"[1]", *lines[3:]]), "a.jsonl")
+    for column in ("name", "at"):
+        bad = as_jsonl(changed(rows, 4, **{column: "ab"})).replace(b'"ab"', b'"a\xff"')
+        assert "line 5 is not JSON: 'utf-8' codec can't decode byte 0xff" in refusal(home, bad, "a.jsonl")
 
 
 def test_a_corrupt_record_is_named_by_its_byte(home: Home) -> None:

@@ -9,15 +9,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from features import parts
+from bench.keys import NOW, SPEC
+from features import parts, windows
 from features.facts import Facts, int_times
 from features.ingest import cut, ingest
 from features.keys import KNOWN
 from features.parts import Base, edges, read_view
 from features.steps import KEY, TIME
 from features.store import build_features, first_needed, write_views
-from features.windows import build_views
-from pipelines.clock import DAY_US, MISSING, NEVER, parse_time
+from features.windows import build_views, in_ranges
+from pipelines.clock import DAY_US, MISSING, parse_time
 from pipelines.flights import write_sample
 from pipelines.home import Home, open_home
 from pipelines.manifest import read_json
@@ -51,8 +52,8 @@ def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) 
         old, whole, grown = (tmp_path / str(seed) / name for name in ("old", "whole", "grown"))
         write_views(world.spec, until(world, begin), old)
         write_views(world.spec, world.tables, whole)
-        fresh = {n: int(int_times(t[KNOWN])[int_times(t[KNOWN]) >= begin].min(initial=NEVER)) for n, t in world.tables.items()}
-        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), fresh))
+        new = {name: t.filter(pa.array(int_times(t[KNOWN]) >= begin)) for name, t in world.tables.items()}
+        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), new))
         assert files_of(grown) == files_of(whole), seed
         made += len(files_of(whole))
         taken += sum(path.stat().st_nlink > 1 for path in grown.rglob("*.parquet"))
@@ -71,8 +72,8 @@ def test_a_part_that_a_late_fact_changes_is_made_again(tmp_path: Path) -> None:
         old, whole, grown = (tmp_path / str(seed) / n for n in ("old", "whole", "grown"))
         write_views(world.spec, {**world.tables, name: table.filter(pa.array(lacks))}, old)
         write_views(world.spec, world.tables, whole)
-        fresh = dict.fromkeys(world.tables, NEVER) | {name: int(int_times(table[KNOWN])[at])}
-        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), fresh))
+        new = {n: t.slice(0, 0) for n, t in world.tables.items()} | {name: table.slice(at, 1)}
+        write_views(world.spec, world.tables, grown, base=Base(old, frozenset(files_of(old)), new))
         assert files_of(grown) == files_of(whole), seed
 
 
@@ -90,6 +91,36 @@ def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
                 read = read_view(tmp_path / str(seed) / "f", stored.name)
                 assert read.set_column(0, KEY, read[KEY].cast(pa.string())).select(whole.column_names).equals(whole), seed
     assert several > 10
+
+
+@pytest.mark.usefixtures("small")
+def test_a_view_that_is_built_in_ranges_of_its_keys_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "GROUP", 7)
+    several = groups = 0
+    for seed in range(4_000, 4_008):
+        world = make_world(seed, tmp_path / str(seed))
+        whole, ranges = (tmp_path / str(seed) / name for name in ("whole", "ranges"))
+        write_views(world.spec, world.tables, whole)
+        with monkeypatch.context() as some:
+            some.setattr(windows, "RANGE", 5)
+            write_views(world.spec, world.tables, ranges)
+            several += sum(len([*in_ranges(Facts(world.spec, world.tables), v, MISSING)]) > 1 for v in world.spec.features.views)
+        assert files_of(ranges) == files_of(whole), seed
+        groups += sum(pq.read_metadata(path).num_row_groups > 1 for path in whole.rglob("*.parquet"))
+    assert several > 12 and groups > 12
+
+
+@pytest.mark.parametrize("view", ["spending", "last_visit"])
+def test_ranges_of_many_keys_are_few_facts_each(view: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(windows, "RANGE", 1_000)
+    (tmp_path / "keys.yaml").write_text(SPEC)
+    customers = np.random.default_rng(0).permutation(10_000)
+    at = pa.array(np.full(10_000, NOW)).cast(pa.timestamp("us", "UTC"))
+    visits = pa.table({"visit": np.arange(10_000), "customer": customers, "at": at, KNOWN: at, "spent": np.ones(10_000)})
+    facts = Facts(load_spec(str(tmp_path / "keys.yaml")), {"visits": visits})
+    found = [some.names("visits", ["customer"]).to_pylist() for some, _ in in_ranges(facts, view, NOW - DAY_US)]
+    assert 10 <= len(found) <= 20 and max(map(len, found)) < 1_500
+    assert [name for names in found for name in sorted(names)] == sorted(str(c) for c in range(10_000))
 
 
 def test_more_facts_do_not_move_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,44 @@ def test_events_that_cannot_be_taken(tmp_path: Path) -> None:
             one.pusher().push([other], NOW)
 
 
+def test_what_a_run_would_end_on_is_said_when_it_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References that every row must meet, also by facts that are too old to be kept at hand; and sums that overflow."""
+    noon, hour = 1_714_564_800_000_000, 3_600_000_000
+    monkeypatch.setattr(feeding, "RECENT", hour)
+    rides = {"key": ["id"], "event_time": "at", "known_at": {"lag": "0s"}, "references": [{"to": "lines", "columns": ["line"]}],
+             "columns": {"id": "int64", "line": "string", "at": "timestamp", "late": {"type": "float64", "resolution": 1}}}
+    lines = {"key": ["line"], "event_time": "since", "known_at": {"lag": "0s"},
+             "columns": {"line": "string", "since": "timestamp"}}  # fmt: skip
+    spec = Spec.model_validate({
+        "pipeline": "buses", "title": "Late?", "sources": {"rides": rides, "lines": lines}, "label_delay": "1h",
+        "rows": {"from": "rides", "key": ["id"]}, "predict_at": {"column": "at", "lead": "0s", "tolerance": "1m"},
+        "label": {"from": "rides", "column": "late", "gt": 5},
+        "split": {"train": "1d", "valid_fit": "1d", "valid_select": "1d", "test": "1d", "purge": "1h"},
+        "features": {"views": {"of_line": {"window": {"from": "rides", "key": ["line"], "last": ["1h"], "sum": ["late"]}}}},
+    })  # fmt: skip
+    home, store = open_home(tmp_path / "home"), tmp_path / "store"
+    told = {"rides": [{"id": 1, "line": "A", "at": noon, "late": 1.0}], "lines": [{"line": "A", "since": 0}]}
+    for name, listed in told.items():
+        path = home.landing("buses") / name / "a.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(arrow(spec.sources[name], listed), path)
+    snapshot = ingest(spec, home)
+    feed(spec, home.root / build_features(spec, home, snapshot).path, store, Anchor(noon, 0), snapshot.digest)
+    pusher = Pusher(spec, home, store)
+
+    def ride(number: int, line: str, late: float = 2.0) -> Event:
+        return event(str(number), "rides", {"id": number, "line": line, "at": noon + number, "late": late})
+
+    assert pusher.push([ride(2, "A")], noon + hour).taken == 1
+    assert pusher.tables["lines"].num_rows == 0
+    with pytest.raises(BadEvent, match=r"no fact of 'lines' has {'line': 'B'}, which an event refers to: push that first"):
+        pusher.push([ride(3, "A"), ride(4, "B")], noon + hour)
+    with pytest.raises(BadEvent, match=r"column 'late': 9e.18 is too large for its resolution"):
+        pusher.push([ride(3, "A", 9e18)], noon + hour)
+    assert [e.id for e in open_cells(store).events()] == ["2"]
+    assert pusher.push([ride(4, "B"), event("B", "lines", {"line": "B", "since": noon})], noon + hour).taken == 2
+
+
 def test_a_fact_that_landed_otherwise_wins_over_the_event(tmp_path: Path) -> None:
     """The event came before the file, and the file says otherwise: a feed goes on with what landed."""
     one = half(6_002, tmp_path, str(tmp_path / "served"))

@@ -1,10 +1,17 @@
 """`get_online_features` on the registry of a pipeline, and Feast's own views, in each kind of served store."""
 
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +21,7 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, PushSour
 from feast.data_source import PushMode
 from feast.types import Float64, Int64, String
 
+from deploy.process import free_port
 from features.cells import Update, open_cells, writable_cells
 from features.facts import Columns
 from features.feed import feed
@@ -73,6 +81,42 @@ def through_feast(store: FeatureStore, spec: Any, own: Columns, rows: int) -> di
                         columns[n][i] = value
         found.setdefault(stored.view, {})[stored.name] = columns
     return found
+
+
+def test_a_registry_that_feast_has_emptied_is_made_again(tmp_path: Path) -> None:
+    """`feast apply` in a folder without definitions deletes whatever is registered."""
+    world = make_world(3010, tmp_path)
+    built = build_features(world.spec, world.home, world.snapshot)
+    folder, store = world.home.root / built.path, open_feast(world.home, built)
+    keys = [c for v in store.list_feature_views() for c in v.join_keys if c != "__dummy_id"]
+    entities = pd.DataFrame({"event_timestamp": [NOON], **{key: [None] for key in keys}})
+    if order := next((v.tags["millrace.order"] for v in store.list_feature_views() if "millrace.order" in v.tags), ""):
+        entities[order] = NOON
+    store.get_historical_features(entities, store.get_feature_service(world.spec.pipeline), full_feature_names=True).to_arrow()
+    made = folder.stat().st_ino
+    assert build_features(world.spec, world.home, world.snapshot) == built and folder.stat().st_ino == made
+    store.apply([], objects_to_delete=[*store.list_feature_views(), *store.list_feature_services()], partial=False)
+    assert build_features(world.spec, world.home, world.snapshot) == built
+    assert open_feast(world.home, built).get_feature_service(world.spec.pipeline).feature_view_projections
+
+
+@pytest.mark.slow
+def test_the_ui_of_feast_shows_our_views(tmp_path: Path) -> None:
+    world = make_world(3010, tmp_path)
+    folder = world.home.root / build_features(world.spec, world.home, world.snapshot).path
+    url = f"http://127.0.0.1:{(port := free_port())}/api/v1/feature_views?project={world.spec.pipeline}"
+    words = [str(Path(sys.executable).with_name("feast")), "-c", str(folder), "ui", "--port", str(port)]
+    ui = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            assert ui.poll() is None
+            with suppress(OSError):
+                shown = json.load(urllib.request.urlopen(url, timeout=10))
+                break
+            time.sleep(0.5)
+    finally:
+        ui.kill()
+    assert {view["spec"]["name"] for view in shown["featureViews"]} == {stored.name for stored in stored_views(world.spec)}
 
 
 # Views of Feast's own

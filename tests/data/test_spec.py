@@ -9,6 +9,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from features.frame import feature_list
+from features.propose import propose
 from features.rows import prediction_rows
 from pipelines.clock import duration_us
 from pipelines.errors import Refused, UsageError
@@ -126,6 +128,17 @@ def test_a_bad_unit_says_which_exist(folder: Path, item: str, found: str) -> Non
      ("features.views.Shop={window: {from: deliveries, last: [1h]}}", "use lower-case letters, digits and single"),
      ("features.views.a__b={window: {from: deliveries, last: [1h]}}", "use lower-case letters, digits and single"),
      ("features.views.empty={}", "give exactly one of window, open, latest, sequence"),
+     ("features.views.shop_late.window.last=[1h, 60m]", "'shop_late_1h' would name two tables: rename a view, or give"),
+     ("features.views.rows={latest: {from: deliveries, key: [shop], columns: [delay]}}", "'rows' would name two tables"),
+     ("features.views.shop_late.window.key=[shop, shop]", "shop_late.key names a column twice: shop, shop"),
+     ("features.views.v={latest: {from: deliveries, key: [shop], columns: [delay], ttl: -1s}}", "ttl: -1s is below 0s"),
+     ("features.views.v={latest: {from: deliveries, key: [shop], columns: [delay], change: {columns: [delay], over: [-3h]}}}",
+      "change.over.0: -3h is not above 0s"),
+     ("features.views.v={open: {from: orders, over: due, last: [-3h], closed_by: [deliveries]}}", "last.0: -3h is not above 0s"),
+     ("features.views.v={sequence: {from: orders, key: [shop], order: due, within: 0s}}", "within: 0s is not above 0s"),
+     ("features.views.shop_late.window.share={s: {column: shop, gt: 3}}", "share.s: 'shop' is string, it cannot be compared by"),
+     ("features.views.shop_late.window.share={s: {column: delay, eq: yes}}", "'delay' is float64, it cannot be compared by eq: "),
+     ("features.calendar.timezone=America/New_Yrok", "no time zone is named 'America/New_Yrok'; nearest: 'America/New_York'"),
      ("sources.deliveries.columns.delay=float64", "'delay' is float64: declare its resolution in the source"),
      ("sources.orders.columns.shop=int64", "'shop' is string in source 'deliveries' and int64 in the rows; a key has one type"),
      ("clock={kind: data, offset: -1h}", "clock: offset must not be negative: the served store has forgotten what"),
@@ -229,6 +242,8 @@ def test_without_time_nothing_that_needs_one(folder: Path, item: str, expected: 
      ("predict_at=null", "predict_at and label_delay are missing (or say time: none)"),
      ("predict_at.column=shop", "'shop' of source 'orders' is string, expected timestamp"),
      ("label.column=late", "label.column 'late' not in source 'deliveries' (columns: order_id, shop, delivered_at, delay"),
+     ("label.column=shop", "label: 'shop' is string, it cannot be compared by gt"), ("label_delay=-1h", "-1h is below 0s"),
+     ("predict_at.tolerance=-1m", "tolerance: -1m is below 0s"), ("rows.key=[order_id, order_id]", "names a column twice"),
      ("label.gt=null", "give exactly one of gt, ge, lt, le, eq"), ("label.lt=5", "give exactly one of gt, ge, lt, le, eq"),
      ("rows.key=row_digest", "rows.key: row_digest is for time: none"), ("split={by: hash}", "split"),
      ("title=null", "title: Input should be a valid string"), ("seed=-1", "seed: Input should be greater than or equal"),
@@ -239,6 +254,18 @@ def test_without_time_nothing_that_needs_one(folder: Path, item: str, expected: 
 )  # fmt: skip
 def test_what_does_not_fit_together(folder: Path, item: str, expected: str) -> None:
     assert expected in message(folder / "orders.yaml", item)
+
+
+def test_two_features_of_one_name(folder: Path) -> None:
+    twice = ["features.calendar.parts=[hour]", "features.derived.local_hour={minutes: [placed_at, due]}"]
+    with pytest.raises(UsageError, match="orders: two features are named 'local_hour': rename one"):
+        feature_list(load_spec(str(folder / "orders.yaml"), twice))
+
+
+def test_a_source_may_be_named_as_the_rows_are(folder: Path) -> None:
+    source = "{key: [shop, at], event_time: at, known_at: {lag: 0s}, columns: {shop: string, at: timestamp, load: float64}}"
+    spec = load_spec(str(folder / "orders.yaml"), [f"sources.rows={source}", "features=auto"])
+    assert "rowsx" in propose(spec).spec.features.views
 
 
 def test_every_mistake_is_named_at_once(folder: Path) -> None:
