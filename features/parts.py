@@ -131,6 +131,8 @@ def cut(
 
 def _compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
     """The same values with a dictionary of those that occur, in the order in which they do; neighbours are mostly equal."""
+    if array.null_count:
+        return array.dictionary_decode().dictionary_encode()
     codes = array.indices.to_numpy()
     used, first = np.unique(codes[np.flatnonzero(np.diff(codes, prepend=-1))], return_index=True)
     used = used[np.argsort(first)]

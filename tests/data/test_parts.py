@@ -45,7 +45,7 @@ def until(world: World, known: int) -> dict[str, pa.Table]:
 @pytest.mark.usefixtures("small")
 def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) -> None:
     taken = made = 0
-    for seed in range(4_000, 4_020):
+    for seed in range(4_000, 4_012):
         world = make_world(seed, tmp_path / str(seed))
         times = np.sort(np.concatenate([int_times(t[KNOWN]) for t in world.tables.values()]))
         begin = int(times[len(times) * 3 // 4])
@@ -57,7 +57,7 @@ def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) 
         assert files_of(grown) == files_of(whole), seed
         made += len(files_of(whole))
         taken += sum(path.stat().st_nlink > 1 for path in grown.rglob("*.parquet"))
-    assert 50 < taken < made
+    assert 25 < taken < made
 
 
 @pytest.mark.usefixtures("small")
@@ -80,7 +80,7 @@ def test_a_part_that_a_late_fact_changes_is_made_again(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
     several = 0
-    for seed in range(4_000, 4_020):
+    for seed in range(4_000, 4_012):
         world = make_world(seed, tmp_path / str(seed))
         write_views(world.spec, world.tables, tmp_path / str(seed) / "f")
         facts = Facts(world.spec, world.tables)
@@ -90,7 +90,7 @@ def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
                 whole = table.set_column(0, KEY, table[KEY].cast(pa.string())).select([KEY, TIME, *stored.integers])
                 read = read_view(tmp_path / str(seed) / "f", stored.name)
                 assert read.set_column(0, KEY, read[KEY].cast(pa.string())).select(whole.column_names).equals(whole), seed
-    assert several > 10
+    assert several > 8
 
 
 @pytest.mark.usefixtures("small")

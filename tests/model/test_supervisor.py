@@ -94,6 +94,7 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, damage: object, sai
     assert len(lines) == 1 and re.search(rf"step-000000005.ckpt is corrupt \(.*{said}", lines[0])
 
 
+@pytest.mark.slow
 def test_training_resumes_from_the_checkpoint_before_a_corrupt_one(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     wanted = job(arrays, every_us=1, epochs=1)
     calm = run(zygote, tmp_path, wanted)
