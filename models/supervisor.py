@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from models.beat import STEPS, Beat
-from models.job import identity
+from models.job import STOPPED, identity
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json, write_json
 
@@ -33,7 +33,7 @@ DRAIN_S = 6.0  # what rank 0 has to write a checkpoint when all is to end
 WIDER_S = 60.0  # after so long ranks that were given up are tried again; twice as long after each failure
 MAX_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
-DONE, FAILED, OUT_OF_MEMORY, STOPPED, FINAL = 0, 1, 71, 75, 77  # exit codes of a rank
+DONE, FAILED, OUT_OF_MEMORY, FINAL = 0, 1, 71, 77  # exit codes of a rank, as STOPPED is
 _BLAME = (OUT_OF_MEMORY, FINAL, FAILED)  # after those that were killed: who took its peers along
 
 

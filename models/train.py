@@ -29,15 +29,13 @@ from models.calibrate import sigmoid
 from models.checkpoints import CheckpointIO, Writer, newest, snapshot
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
-from models.job import Epoch, Job, Result, identity
+from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 
 HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
-LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
-STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 
 
 def main(folder: Path) -> None:
