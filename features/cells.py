@@ -543,10 +543,11 @@ class PostgresCells:
                 return False
             if new.whole:
                 db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
-                with db.cursor().copy("COPY millrace_cells FROM STDIN (FORMAT BINARY)") as copy:
-                    copy.set_types(["text", "text", "bytea", "bytea"])
-                    for view, key, packed in new.cells:
-                        copy.write_row((self.name, view, key.encode(), packed))
+                for some in _batches(new.cells):  # not COPY: it keeps two cores busy where reads want one
+                    db.execute(
+                        "INSERT INTO millrace_cells SELECT %b, * FROM unnest(%b::text[], %b::bytea[], %b::bytea[])",
+                        (self.name, [c[0] for c in some], [c[1].encode() for c in some], [c[2] for c in some]),
+                    )
             else:
                 for some in _batches(new.cells):
                     gone = [(view, key) for view, key, packed in some if packed is None]
