@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from features.keys import SEPARATOR, one_chunk
+from features.keys import SEPARATOR, filled, one_chunk
 from features.tfrecord import columns_at_once, example, records
 from pipelines.clock import parse_time
 from pipelines.errors import Refused, nearest
@@ -70,6 +70,9 @@ def read_landed(name: str, data: bytes, source: Source, *, timed: bool) -> tuple
         else:
             columns[column] = _typed(at, found.columns[column], declared.type)
         found.columns.pop(column, None)  # freed as it is read
+        if declared.type == "string" and pc.any(parting := pc.match_substring(columns[column], SEPARATOR)).as_py():
+            place = found.place(int(np.argmax(filled(parting, False))))
+            raise Refused(f"{at} holds the character U+001F in {place}; it parts the columns of a key: write the text without it")
     table = pa.table(columns)
     if source.key == ("row_digest",) and not timed:
         table = table.append_column("row_digest", _row_digests(table))

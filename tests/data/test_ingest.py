@@ -205,6 +205,12 @@ def test_strings_that_are_not_utf8(home: Home, form: str) -> None:
     assert "landing file trips/a.parquet: column 'name' does not fit string: Invalid UTF8" in message
 
 
+def test_texts_that_hold_what_parts_keys(home: Home) -> None:
+    put(home, trips(name=pa.array([*["fine"] * (N - 1), "a\x1fb"])))
+    expected = f"trips/a.parquet: column 'name' holds the character U+001F in row {N - 1}; it parts the columns of a key"
+    assert expected in refusal(home)
+
+
 def test_the_same_key_and_known_at_with_other_values(home: Home) -> None:
     put(home, trips(10), "a.parquet")
     late = pa.array([99.0, *trips(10)["late"].to_pylist()[1:]])
