@@ -6,14 +6,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from models.net import TabularNet
 from pipelines.spec import Train
 
 
 class TabularModule(pl.LightningModule):
-    """Binary cross-entropy by AdamW, with a warm-up and a cosine that ends at `steps`."""
+    """Binary cross-entropy by AdamW, with a warm-up and a schedule that ends at `steps`."""
 
     def __init__(self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1) -> None:
         """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same."""
@@ -22,16 +22,19 @@ class TabularModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+        together = self.hyper.accumulate_grad_batches
+        draw = self.global_step * together + index % together
+        torch.manual_seed((self.seed * 1_000_003 + draw) * 1_009 + self.global_rank)
         if self.split == 1:
             return self._loss(batch)
         parts = list(zip(*(column.chunk(self.split) for column in batch), strict=True))
         shares = [len(part[2]) / len(batch[2]) for part in parts]
-        self.zero_grad()
+        if index % together == 0:
+            self.zero_grad()
         before = 0.0
         for part, share in zip(parts[:-1], shares[:-1], strict=True):
             loss = self._loss(part) * share
-            loss.backward()  # within DDP's forward it only adds up; the last part is reduced
+            (loss / together).backward()  # within DDP's forward it only adds up; the last part is reduced
             before += float(loss.detach())
         last = self._loss(parts[-1]) * shares[-1]
         return last + before
@@ -48,11 +51,19 @@ class TabularModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=True
         )
-        warm = max(1, round(self.hyper.warmup * self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        schedule, warm = self.hyper.schedule, max(1, round(self.hyper.warmup * self.steps))
+        if schedule == "onecycle":
+            return OneCycleLR(optimizer, self.hyper.learning_rate, self.steps, pct_start=self.hyper.warmup)
 
         def factor(step: int) -> float:
             if step < warm:
                 return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            if schedule == "constant":
+                return 1.0
+            left = max(1, self.steps - warm)
+            return 1 - (step - warm) / left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (step - warm) / left))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return LambdaLR(optimizer, factor)

@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -24,6 +24,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
 from models.arrays import Arrays, epoch_shape
+from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
 from models.checkpoints import CheckpointIO, Writer, newest, snapshot
@@ -54,14 +55,16 @@ def main(folder: Path) -> None:
     if split > shape.batch // world:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
     net = build_net(arrays.preprocess, job.network, job.seed)
-    module = TabularModule(net, job.train, shape.steps * job.max_epochs, job.seed, split)
+    steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
+    module = TabularModule(net, job.train, steps, job.seed, split)
     loader = Loader(rows, shape, job.seed, rank, world)
-    keeper = Keeper(job, folder, valid, loader)
+    keeper = Keeper(job, folder, valid, loader, steps)
     trainer = pl.Trainer(
         accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=_strategy(world, job.accelerator),
         max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
-        log_every_n_steps=10**6, plugins=[CheckpointIO()],
+        log_every_n_steps=10**6, plugins=[CheckpointIO()], accumulate_grad_batches=job.train.accumulate_grad_batches,
+        gradient_clip_val=job.train.gradient_clip_val, gradient_clip_algorithm=job.train.gradient_clip_algorithm,
     )  # fmt: skip
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
@@ -145,16 +148,18 @@ class Keeper(pl.Callback):
     what it holds is what all hold, and the order of rows is no rank's own.
     """
 
-    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader) -> None:
+    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader, steps: int) -> None:
         self.job, self.folder, self.valid, self.loader, self.rank = job, folder, valid, loader, loader.rank
+        self.steps, self.together = steps, job.train.accumulate_grad_batches
         self.curve: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch: int | None = None
-        self.pruned = self.asked = False
+        self.pruned = self.asked = self.bad = False
         self.losses: list[float] = []
         self.skipped, self.stopped = 0, ""
         self.last_finite: tuple[int, float] | None = None  # step and its loss on rank 0
-        self.bad_step = -1
+        self.average: Average | None = None
+        self.averaged: list[torch.Tensor] | None = None  # as the checkpoint has it
         self.notes: list[str] = []
         self.saved = time.monotonic()
         self.weights: list[torch.nn.Parameter] = []
@@ -200,18 +205,22 @@ class Keeper(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": [asdict(e) for e in self.curve], "best": self.best, "best_epoch": self.best_epoch,
-                "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite}  # fmt: skip
+                "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite,
+                "average": self.average.mean if self.average else None}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = [Epoch(**e) for e in state_dict["curve"]]
-        self.best, self.best_epoch, self.losses, self.skipped, self.last_finite = (
-            state_dict[k] for k in ("best", "best_epoch", "losses", "skipped", "last_finite")
+        self.best, self.best_epoch, self.losses, self.skipped, self.last_finite, self.averaged = (
+            state_dict[k] for k in ("best", "best_epoch", "losses", "skipped", "last_finite", "average")
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.start()
         self.weights = list(module.parameters())
-        self.beat(step=trainer.global_step, steps=self.loader.shape.steps * self.job.max_epochs)
+        if self.job.train.ema is not None or self.job.train.swa is not None:
+            self.average = Average(self.weights)
+            self.average.load(self.averaged or self.average.mean)
+        self.beat(step=trainer.global_step, steps=self.steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
@@ -222,8 +231,10 @@ class Keeper(pl.Callback):
         if not sums or math.isfinite(float(torch.stack(sums).sum())):
             return
         assert isinstance(module, TabularModule)
-        step, self.bad_step = trainer.global_step + 1, trainer.global_step
-        where = f"step {step} (epoch {self.loader.epoch + 1}, batch {self.loader.position}): {self._bad_rows(module.net)}"
+        self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
+        del self.losses[len(self.losses) - before :]
+        where = f"step {trainer.global_step + 1} (epoch {self.loader.epoch + 1}, batch {self.loader.position})"
+        where += f": {self._bad_rows(module.net, before + 1)}"
         for p in self.weights:
             p.grad = None  # the optimiser leaves these as they are
         self.skipped += 1
@@ -234,8 +245,8 @@ class Keeper(pl.Callback):
         self.stopped = f"loss not finite at {where}; last finite: {last}"
         trainer.should_stop = True
 
-    def _bad_rows(self, net: TabularNet) -> str:
-        rows = self.loader.last_rows()
+    def _bad_rows(self, net: TabularNet, batches: int) -> str:
+        rows = self.loader.last_rows(batches)
         scaled, codes, label = self.loader.data.take(rows)
         bad = ~np.isfinite(logits(net, Resident(scaled, codes, label)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
@@ -246,11 +257,16 @@ class Keeper(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         step = trainer.global_step
-        if self.bad_step != step - 1:
+        if not self.bad:
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
+        self.bad = False
         self.beat(STEPS, step)
         self.clock.step(writing=self.writer.busy)
+        if not trainer.is_last_batch and self.loader.position % self.together:
+            return  # the gradients of a step that is not whole are in no checkpoint
+        if self.average is not None:
+            self.average.update(share_of_newest(self.job.train, step, self.steps))
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
         if self.rank == 0 and not trainer.is_last_batch and not self.stopped:
             self._keep(trainer)
@@ -278,14 +294,8 @@ class Keeper(pl.Callback):
         assert isinstance(module, TabularModule)
         if self.stopped:
             return
-        epoch = self._judge(module.net)
-        self.curve.append(epoch)
-        better = self.best_epoch is None or (
-            epoch.log_loss is not None and epoch.log_loss < (self.curve[self.best_epoch - 1].log_loss or float("inf"))
-        )
-        if epoch.log_loss is not None and better:
-            self.best_epoch = epoch.epoch
-            self.best = {k: v.detach().cpu().clone() for k, v in module.net.state_dict().items()}
+        with self.average.applied() if self.average else nullcontext():
+            epoch = self._learned(module.net)
         if self.rank == 0:
             lines = [json.dumps(asdict(e)) + "\n" for e in self.curve]
             with suppress(OSError):  # a disk that is full; the curve is also in the checkpoint
@@ -293,6 +303,18 @@ class Keeper(pl.Callback):
         self.pruned = epoch.epoch < self.job.max_epochs and self._above(epoch)
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
+
+    def _learned(self, net: TabularNet) -> Epoch:
+        """The epoch judged; its weights are kept when they are the best so far."""
+        epoch = self._judge(net)
+        self.curve.append(epoch)
+        better = self.best_epoch is None or (
+            epoch.log_loss is not None and epoch.log_loss < (self.curve[self.best_epoch - 1].log_loss or float("inf"))
+        )
+        if epoch.log_loss is not None and better:
+            self.best_epoch = epoch.epoch
+            self.best = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
+        return epoch
 
     def _above(self, epoch: Epoch) -> bool:
         limits = self.job.prune_above

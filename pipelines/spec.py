@@ -18,9 +18,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -478,6 +480,20 @@ class Train(Model):
     learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant", "onecycle"] = Field(
+        "cosine", description="learning rate after the warm-up: falls to 0 by a cosine or a line, stays, or PyTorch's OneCycleLR"
+    )
+    accumulate_grad_batches: int = Field(1, ge=1, description="batches whose gradients are added up to one optimiser step")
+    gradient_clip_val: float | None = Field(None, gt=0, description="largest gradient; default: it is not clipped")
+    gradient_clip_algorithm: Literal["norm", "value"] = Field(
+        "norm", description="what gradient_clip_val limits: the norm of the whole gradient, or each of its numbers"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="weights judged and shipped are a moving average that keeps this share at each step"
+    )
+    swa: float | None = Field(
+        None, gt=0, le=1, description="weights judged and shipped are the mean over this last share of the steps"
+    )
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -490,6 +506,23 @@ class Train(Model):
     skip_bad_batches: int = Field(
         0, ge=0, description="batches with a loss or gradient that is not finite to leave out before training stops"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Train":
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("ema and swa both average the weights: give one of them")
+        if self.gradient_clip_val is None and self.gradient_clip_algorithm != "norm":
+            raise ValueError("gradient_clip_algorithm clips nothing by itself: give gradient_clip_val too")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options that are not used stand in no digest: jobs and releases from before they existed keep their names."""
+        used = {k for k, field in type(self).model_fields.items() if getattr(self, k) != field.default}
+        return {k: v for k, v in dump(self).items() if k not in _OPTIONS or k in used}
+
+
+_OPTIONS = frozenset({"schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa"})
 
 
 class Tune(Model):

@@ -1,0 +1,45 @@
+"""Weights averaged over the steps of a training, judged and shipped in place of the last ones. n counts steps from 1."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipelines.spec import Train
+
+
+def share_of_newest(train: Train, step: int, steps: int) -> float:
+    """What the weights after this step weigh in the average, all before them the rest.
+
+    `ema` keeps min(ema, (1 + n) / (10 + n)), so that the first weights, which are random, do not linger; `swa` is the
+    plain mean of the last steps, and the newest weights alone until these begin.
+    """
+    if train.ema is not None:
+        return 1 - min(train.ema, (1 + step) / (10 + step))
+    assert train.swa is not None
+    return 1 / max(1, step - (steps - max(1, round(train.swa * steps))))
+
+
+class Average:
+    """A running average of these weights, on their device."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = [w.detach() for w in weights]
+        self.mean = [w.clone() for w in self.weights]
+
+    def update(self, share: float) -> None:
+        """Adds the weights as they are, which count this share."""
+        torch._foreach_lerp_(self.mean, self.weights, share)
+
+    def load(self, mean: Sequence[Tensor]) -> None:
+        for ours, theirs in zip(self.mean, mean, strict=True):
+            ours.copy_(theirs)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The weights are the average within, and afterwards what they were."""
+        held = [w.clone() for w in self.weights]
+        torch._foreach_copy_(self.weights, self.mean)
+        yield
+        torch._foreach_copy_(self.weights, held)
