@@ -1,6 +1,7 @@
 """The network under Lightning: loss, optimiser, schedule. B rows."""
 
 import math
+from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
@@ -15,10 +16,18 @@ from pipelines.spec import Train
 class TabularModule(pl.LightningModule):
     """Binary cross-entropy by AdamW, with a warm-up and a schedule that ends at `steps`."""
 
-    def __init__(self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1) -> None:
-        """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same."""
+    def __init__(
+        self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1, say: Callable[[str], None] = print
+    ) -> None:  # fmt: skip
+        """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same.
+
+        `say` is told why the network was not compiled.
+        """
         super().__init__()
-        self.net, self.hyper, self.steps, self.seed, self.split = net, train, steps, seed, split
+        self.net, self.hyper, self.steps, self.seed, self.split, self.say = net, train, steps, seed, split, say
+        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        if train.compile:
+            self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
@@ -34,22 +43,37 @@ class TabularModule(pl.LightningModule):
         before = 0.0
         for part, share in zip(parts[:-1], shares[:-1], strict=True):
             loss = self._loss(part) * share
-            (loss / together).backward()  # within DDP's forward it only adds up; the last part is reduced
             before += float(loss.detach())
+            loss = self.trainer.precision_plugin.pre_backward(loss, self)
+            (loss / together).backward()  # within DDP's forward it only adds up; the last part is reduced
         last = self._loss(parts[-1]) * shares[-1]
         return last + before
 
     def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         scaled_BX, codes_BC, label_B = batch
-        return binary_cross_entropy_with_logits(self.net(scaled_BX, codes_BC), label_B)
+        return binary_cross_entropy_with_logits(self._logits(scaled_BX, codes_BC).float(), label_B)
+
+    def _logits(self, scaled_BX: Tensor, codes_BC: Tensor) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(scaled_BX, codes_BC)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, a graph that it cannot take, a disk that is full
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.say(f"train.compile was not used ({why[:300]}); training goes on without it")
+                self.compiled = None
+        logit: Tensor = self.net(scaled_BX, codes_BC)
+        return logit
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         if self.split == 1:  # else Lightning would drop what the first parts have added
             optimizer.zero_grad()
 
     def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
+        fused = self.hyper.precision != "16-mixed"  # a fused one would undo the scaling itself, after clipping
         optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=True
+            self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=fused
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
 

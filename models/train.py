@@ -33,6 +33,7 @@ from models.evaluate import auc, log_loss
 from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
+from models.strategy import precision_plugin
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 
@@ -56,14 +57,15 @@ def main(folder: Path) -> None:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
     net = build_net(arrays.preprocess, job.network, job.seed)
     steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
-    module = TabularModule(net, job.train, steps, job.seed, split)
     loader = Loader(rows, shape, job.seed, rank, world)
     keeper = Keeper(job, folder, valid, loader, steps)
+    module = TabularModule(net, job.train, steps, job.seed, split, keeper.say)
     trainer = pl.Trainer(
         accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=_strategy(world, job.accelerator),
         max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
-        log_every_n_steps=10**6, plugins=[CheckpointIO()], accumulate_grad_batches=job.train.accumulate_grad_batches,
+        log_every_n_steps=10**6, plugins=[CheckpointIO(), precision_plugin(job.train, job.accelerator)],
+        accumulate_grad_batches=job.train.accumulate_grad_batches,
         gradient_clip_val=job.train.gradient_clip_val, gradient_clip_algorithm=job.train.gradient_clip_algorithm,
     )  # fmt: skip
     _no_lightning_signals(trainer)
@@ -158,6 +160,7 @@ class Keeper(pl.Callback):
         self.losses: list[float] = []
         self.skipped, self.stopped = 0, ""
         self.last_finite: tuple[int, float] | None = None  # step and its loss on rank 0
+        self.scaled: list[torch.Tensor] = []  # losses of this step, where a scaler has multiplied them
         self.average: Average | None = None
         self.averaged: list[torch.Tensor] | None = None  # as the checkpoint has it
         self.notes: list[str] = []
@@ -225,10 +228,23 @@ class Keeper(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
 
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if self.job.train.precision == "16-mixed":
+            self.scaled.append(loss.detach())
+
+    def _too_large_for_float16(self, trainer: pl.Trainer) -> bool:
+        """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
+        if not self.scaled or trainer.precision_plugin.scaler.get_scale() < 1:  # type: ignore[attr-defined]
+            return False
+        finite = torch.stack(self.scaled).isfinite().all().float()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
         sums = [p.grad.sum() for p in self.weights if p.grad is not None]  # a norm would cost five times as much
-        if not sums or math.isfinite(float(torch.stack(sums).sum())):
+        if not sums or math.isfinite(float(torch.stack(sums).sum())) or self._too_large_for_float16(trainer):
             return
         assert isinstance(module, TabularModule)
         self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
@@ -265,6 +281,7 @@ class Keeper(pl.Callback):
         self.clock.step(writing=self.writer.busy)
         if not trainer.is_last_batch and self.loader.position % self.together:
             return  # the gradients of a step that is not whole are in no checkpoint
+        self.scaled.clear()
         if self.average is not None:
             self.average.update(share_of_newest(self.job.train, step, self.steps))
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done

@@ -494,6 +494,10 @@ class Train(Model):
     swa: float | None = Field(
         None, gt=0, le=1, description="weights judged and shipped are the mean over this last share of the steps"
     )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "fp8"] = Field(
+        "32-true", description="numbers that are multiplied; weights and judgement are float32 in any case"
+    )
+    compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -522,7 +526,9 @@ class Train(Model):
         return {k: v for k, v in dump(self).items() if k not in _OPTIONS or k in used}
 
 
-_OPTIONS = frozenset({"schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa"})
+_OPTIONS = frozenset({
+    "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
+})  # fmt: skip
 
 
 class Tune(Model):

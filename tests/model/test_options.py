@@ -14,14 +14,15 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from models.arrays import Arrays, epoch_shape, write_arrays
 from models.data import Loader, resident
-from models.elastic import Zygote, start_zygote
+from models.elastic import Zygote, launch, start_zygote
 from models.job import Job
+from models.module import TabularModule
 from models.net import build_net
-from pipelines.errors import UsageError
+from pipelines.errors import MillraceError, UsageError
 from pipelines.manifest import write_json
 from pipelines.spec import Train
 from tests.model.small import small_spec, write_small
-from tests.model.test_supervisor import poisoned, record
+from tests.model.test_supervisor import UNRULY, poisoned, record
 from tests.model.test_training import assert_same, job, run, strike, weights
 
 QUIET = "train.network.dropout=0.0"
@@ -30,6 +31,11 @@ QUIET = "train.network.dropout=0.0"
 @pytest.fixture(scope="module")
 def zygote() -> Zygote:
     return start_zygote()
+
+
+@pytest.fixture(scope="module")
+def unruly() -> Zygote:
+    return Zygote(("-c", UNRULY))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +136,9 @@ ALL = ("train.schedule=onecycle", "train.accumulate_grad_batches=3", "train.grad
     [
         (1, ALL),
         pytest.param(2, ALL, marks=pytest.mark.slow),
+        pytest.param(1, ("train.precision=bf16-mixed", "train.ema=0.9"), marks=pytest.mark.slow),
+        pytest.param(2, ("train.precision=16-mixed", "train.gradient_clip_val=0.5"), marks=pytest.mark.slow),
+        pytest.param(1, ("train.compile=true",), marks=pytest.mark.slow),
         pytest.param(1, ("train.schedule=linear", "train.swa=0.6", "train.batch_size=32"), marks=pytest.mark.slow),
     ],
 )
@@ -143,6 +152,80 @@ def test_killed_training_with_options_ends_in_the_same_weights(
     assert (tmp_path / "hit" / "restarts.json").read_text().count("died of signal 9") == 2
     assert torn == calm and len(calm.curve) == 3
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
+
+
+# --- precision and compile ---
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.slow)])
+def test_low_precision_multiplies_in_it_and_learns_the_same(
+    zygote: Zygote, arrays: Path, tmp_path: Path, precision: str
+) -> None:
+    low = run(zygote, tmp_path / "low", job(arrays, QUIET, f"train.precision={precision}"))
+    full = run(zygote, tmp_path / "full", job(arrays, QUIET))
+    assert low.log_loss == pytest.approx(full.log_loss, abs=0.02) and low.curve != full.curve
+    assert {w.dtype for w in weights(tmp_path / "low").values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_scale_that_is_too_large_for_float16_is_no_bad_batch(
+    unruly: Zygote, arrays: Path, tmp_path: Path, ranks: int
+) -> None:
+    """The scaler finds infinities, leaves these steps out and scales less; a loss that is not finite still stops it."""
+    large = """
+scaler = trainer.precision_plugin.scaler
+if step == 5: scaler._scale.fill_(2.0**30)
+(keeper.folder / f"scale-{step:03d}").write_text(str(scaler.get_scale()))
+"""
+    for name, data in (("good", arrays), ("bad", poisoned(arrays, tmp_path / "poisoned", 1_100))):
+        job(data, "train.precision=16-mixed", epochs=1).prepare(tmp_path / name)
+        (tmp_path / name / "unruly.py").write_text(large)
+    good = launch(tmp_path / "good", ranks=ranks, max_restarts=0, zygote=unruly)
+    scales = [float(path.read_text()) for path in sorted((tmp_path / "good").glob("scale-*"))]
+    assert scales[4] == 2.0**30 and scales[-1] < 2.0**24  # more than six steps were left out
+    assert not good.result.stopped and not good.notes and good.result.curve[0].train_loss is not None
+    bad = launch(tmp_path / "bad", ranks=ranks, max_restarts=0, zygote=unruly).result
+    assert "training rows 1100; last finite: step" in bad.stopped
+
+
+def test_fp8_is_refused_where_no_hardware_has_it(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    wanted = job(arrays, "train.precision=fp8")
+    with pytest.raises(MillraceError, match=r"0 restarts: .*fp8 needs a GPU of compute capability 8\.9 .*; choose bf16-mixed$"):
+        run(zygote, tmp_path, wanted)
+
+
+def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(arrays: Path) -> None:
+    said: list[str] = []
+    data = Arrays.load(arrays)
+    net = build_net(data.preprocess, small_spec(QUIET).train.network, 1)
+    module = TabularModule(net, Train(compile=True), 10, 1, say=said.append)
+
+    def broken(scaled: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no C++ compiler\nand a long tail")
+
+    module.compiled = broken
+    rows = resident(data, "train", 16)
+    for _ in range(2):
+        assert torch.equal(module._logits(rows.scaled, rows.codes), net(rows.scaled, rows.codes))
+    assert said == ["train.compile was not used (no C++ compiler); training goes on without it"]
+    assert sorted(module.state_dict()) == sorted(f"net.{name}" for name in net.state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
+    zygote: Zygote, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, plain = job(arrays, QUIET, "train.compile=true", epochs=1), job(arrays, QUIET, epochs=1)
+    wanted.prepare(tmp_path / "fast")
+    fast = launch(tmp_path / "fast", ranks=1, max_restarts=0, zygote=zygote)
+    slow = run(zygote, tmp_path / "slow", plain)
+    assert not fast.notes and fast.result.log_loss == pytest.approx(slow.log_loss, abs=1e-5)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    wanted.prepare(tmp_path / "none")
+    none = launch(tmp_path / "none", ranks=1, max_restarts=0, zygote=Zygote())
+    assert len(none.notes) == 1 and none.notes[0].startswith("train.compile was not used (")
+    assert_same(weights(tmp_path / "none"), weights(tmp_path / "slow"))
 
 
 # --- the spec ---
