@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from models.strategy import fill, local, whole
 from pipelines.spec import Train
 
 
@@ -22,24 +23,27 @@ def share_of_newest(train: Train, step: int, steps: int) -> float:
 
 
 class Average:
-    """A running average of these weights, on their device."""
+    """A running average of these weights, on their device; each rank keeps that of its part."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.weights = [w.detach() for w in weights]
-        self.mean = [w.clone() for w in self.weights]
+        self._mean = [w.detach().clone() for w in weights]
+        self._ours, self._weights = [local(m) for m in self._mean], [local(w.detach()) for w in weights]
 
     def update(self, share: float) -> None:
         """Adds the weights as they are, which count this share."""
-        torch._foreach_lerp_(self.mean, self.weights, share)
+        torch._foreach_lerp_(self._ours, self._weights, share)
 
-    def load(self, mean: Sequence[Tensor]) -> None:
-        for ours, theirs in zip(self.mean, mean, strict=True):
-            ours.copy_(theirs)
+    def state(self) -> list[Tensor]:
+        """The whole average, for a checkpoint."""
+        return [whole(m) for m in self._mean]
+
+    def load(self, state: Sequence[Tensor]) -> None:
+        fill(self._mean, state)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The weights are the average within, and afterwards what they were."""
-        held = [w.clone() for w in self.weights]
-        torch._foreach_copy_(self.weights, self.mean)
+        held = [w.clone() for w in self._weights]
+        torch._foreach_copy_(self._weights, self._ours)
         yield
-        torch._foreach_copy_(self.weights, held)
+        torch._foreach_copy_(self._weights, held)

@@ -15,7 +15,7 @@ from models.beat import Beat
 from pipelines.manifest import read_json, write_json
 from pipelines.spec import Network, Train
 
-NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after")  # fields of Train that change no weight
+NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy")  # fields of Train that change no weight
 LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on

@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from models.net import TabularNet
+from models.strategy import shard
 from pipelines.spec import Train
 
 
@@ -28,6 +29,10 @@ class TabularModule(pl.LightningModule):
         self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
         if train.compile:
             self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,7 +19,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import registry
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
 from models.arrays import Arrays, epoch_shape
@@ -33,11 +31,9 @@ from models.evaluate import auc, log_loss
 from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
-from models.strategy import precision_plugin
+from models.strategy import finite, precision_plugin, strategy, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
-
-HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
 
 
 def main(folder: Path) -> None:
@@ -61,7 +57,7 @@ def main(folder: Path) -> None:
     keeper = Keeper(job, folder, valid, loader, steps)
     module = TabularModule(net, job.train, steps, job.seed, split, keeper.say)
     trainer = pl.Trainer(
-        accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=_strategy(world, job.accelerator),
+        accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=strategy(job.train, world, job.accelerator),
         max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
         log_every_n_steps=10**6, plugins=[CheckpointIO(), precision_plugin(job.train, job.accelerator)],
@@ -76,19 +72,13 @@ def main(folder: Path) -> None:
         if not keeper.mine():
             raise MillraceError("another job was prepared in this folder")
         keeper.leave()
-        _leave(job, folder, keeper, net, arrays)
+        _leave(job, folder, keeper, arrays)
 
 
 def quiet() -> None:
     """Library chatter off."""
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-
-
-def _strategy(world: int, accelerator: str) -> Any:
-    if world == 1:
-        return "auto" if accelerator != "cpu" else SingleDeviceStrategy(device="cpu")
-    return DDPStrategy(process_group_backend="nccl" if accelerator == "gpu" else "gloo", timeout=HANG)
 
 
 def _no_lightning_signals(trainer: pl.Trainer) -> None:
@@ -147,12 +137,13 @@ class Keeper(pl.Callback):
     """Judges each epoch on valid_fit, keeps the best weights, writes checkpoints, and beats for its rank.
 
     Every rank judges by itself: equal weights give equal figures, so all stop at the same epoch. Rank 0 alone writes:
-    what it holds is what all hold, and the order of rows is no rank's own.
+    what it holds is what all hold, or has been gathered from them, and the order of rows is no rank's own.
     """
 
     def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader, steps: int) -> None:
         self.job, self.folder, self.valid, self.loader, self.rank = job, folder, valid, loader, loader.rank
         self.steps, self.together = steps, job.train.accumulate_grad_batches
+        self.sharded = job.train.strategy == "fsdp" and loader.world > 1
         self.curve: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch: int | None = None
@@ -209,7 +200,7 @@ class Keeper(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"curve": [asdict(e) for e in self.curve], "best": self.best, "best_epoch": self.best_epoch,
                 "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite,
-                "average": self.average.mean if self.average else None}  # fmt: skip
+                "average": self.average.state() if self.average else None}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = [Epoch(**e) for e in state_dict["curve"]]
@@ -222,7 +213,8 @@ class Keeper(pl.Callback):
         self.weights = list(module.parameters())
         if self.job.train.ema is not None or self.job.train.swa is not None:
             self.average = Average(self.weights)
-            self.average.load(self.averaged or self.average.mean)
+            if self.averaged is not None:
+                self.average.load(self.averaged)
         self.beat(step=trainer.global_step, steps=self.steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -236,15 +228,14 @@ class Keeper(pl.Callback):
         """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
         if not self.scaled or trainer.precision_plugin.scaler.get_scale() < 1:  # type: ignore[attr-defined]
             return False
-        finite = torch.stack(self.scaled).isfinite().all().float()
+        loss_finite = torch.stack(self.scaled).isfinite().all().float()
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        return bool(finite)
+            torch.distributed.all_reduce(loss_finite, torch.distributed.ReduceOp.MIN)
+        return bool(loss_finite)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
-        sums = [p.grad.sum() for p in self.weights if p.grad is not None]  # a norm would cost five times as much
-        if not sums or math.isfinite(float(torch.stack(sums).sum())) or self._too_large_for_float16(trainer):
+        if finite(p.grad for p in self.weights if p.grad is not None) or self._too_large_for_float16(trainer):
             return
         assert isinstance(module, TabularModule)
         self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
@@ -285,16 +276,23 @@ class Keeper(pl.Callback):
         if self.average is not None:
             self.average.update(share_of_newest(self.job.train, step, self.steps))
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
-        if self.rank == 0 and not trainer.is_last_batch and not self.stopped:
+        if (self.rank == 0 or self.sharded) and not trainer.is_last_batch and not self.stopped:
             self._keep(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
         now = time.monotonic()
         due = now - self.saved >= self.job.train.checkpoint_every / 1e6
-        if not self.asked and (not due or self.writer.busy):
+        wanted = self.asked or (due and not self.writer.busy)
+        if self.sharded:  # all ranks take part in it when rank 0 wants one
+            told = torch.tensor(float(wanted), device=trainer.strategy.root_device)
+            torch.distributed.broadcast(told, 0)
+            wanted = bool(told)
+        if not wanted:
             return
-        state = snapshot(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        self.writer.begin(trainer.global_step, state)
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if self.rank != 0:
+            return
+        self.writer.begin(trainer.global_step, snapshot(state))
         self.saved = time.monotonic()
         self.clock.stalled(self.saved - now)
         if self.asked:
@@ -330,7 +328,7 @@ class Keeper(pl.Callback):
         )
         if epoch.log_loss is not None and better:
             self.best_epoch = epoch.epoch
-            self.best = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
+            self.best = {k: whole(v.detach()).cpu().clone() for k, v in net.state_dict().items()}
         return epoch
 
     def _above(self, epoch: Epoch) -> bool:
@@ -364,12 +362,12 @@ def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int
     return torch.cat(parts).numpy().astype(np.float64)
 
 
-def _leave(job: Job, folder: Path, keeper: Keeper, net: TabularNet, arrays: Arrays) -> None:
+def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:
+    net = build_net(arrays.preprocess, job.network, job.seed)
     if job.export and keeper.best and not keeper.stopped:
         from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
 
         save_weights(keeper.best, folder / "network.safetensors")
-        net = net.cpu()
         net.load_state_dict(load_file(folder / "network.safetensors"))
         export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
     parameters = sum(p.numel() for p in net.parameters())

@@ -475,6 +475,9 @@ class Train(Model):
 
     network: Network = Network()
     ranks: int | Literal["auto"] = Field("auto", description="processes; auto: one per GPU, else 1")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="how several ranks share the work: each has all weights (ddp, auto), or a part of them (fsdp)"
+    )
     max_epochs: int = Field(4, ge=1)
     batch_size: int = Field(512, ge=2, description="rows per optimiser step over all ranks")
     learning_rate: float = Field(3e-3, gt=0)
@@ -511,8 +514,17 @@ class Train(Model):
         0, ge=0, description="batches with a loss or gradient that is not finite to leave out before training stops"
     )
 
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _known(cls, strategy: Any) -> Any:
+        if str(strategy).startswith("deepspeed"):
+            raise ValueError("deepspeed is not built in; fsdp spreads weights, gradients and optimiser as its stage 3 does")
+        return strategy
+
     @model_validator(mode="after")
     def _fits(self) -> "Train":
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError("strategy fsdp has no scaler for precision 16-mixed: choose bf16-mixed or 32-true")
         if self.ema is not None and self.swa is not None:
             raise ValueError("ema and swa both average the weights: give one of them")
         if self.gradient_clip_val is None and self.gradient_clip_algorithm != "norm":
@@ -528,6 +540,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
+    "strategy",
 })  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from pipelines.manifest import write_json
 from pipelines.spec import Train
 from tests.model.small import small_spec, write_small
 from tests.model.test_supervisor import UNRULY, poisoned, record
-from tests.model.test_training import assert_same, job, run, strike, weights
+from tests.model.test_training import assert_same, job, newest_step, run, strike, weights
 
 QUIET = "train.network.dropout=0.0"
 
@@ -136,6 +136,7 @@ ALL = ("train.schedule=onecycle", "train.accumulate_grad_batches=3", "train.grad
     [
         (1, ALL),
         pytest.param(2, ALL, marks=pytest.mark.slow),
+        pytest.param(2, (*ALL, "train.strategy=fsdp", "train.network.width=128"), marks=pytest.mark.slow),
         pytest.param(1, ("train.precision=bf16-mixed", "train.ema=0.9"), marks=pytest.mark.slow),
         pytest.param(2, ("train.precision=16-mixed", "train.gradient_clip_val=0.5"), marks=pytest.mark.slow),
         pytest.param(1, ("train.compile=true",), marks=pytest.mark.slow),
@@ -228,6 +229,56 @@ def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
     assert_same(weights(tmp_path / "none"), weights(tmp_path / "slow"))
 
 
+# --- FSDP2 ---
+
+FSDP = ("train.strategy=fsdp", "train.network.width=128", "train.ema=0.9", "train.gradient_clip_val=0.5", QUIET)
+
+
+def test_weights_spread_over_two_ranks_learn_what_one_learns(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    wanted = job(arrays, *FSDP, epochs=1)
+    two, one = (run(zygote, tmp_path / name, wanted, ranks=ranks) for name, ranks in (("two", 2), ("one", 1)))
+    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=2e-6)
+    assert two.parameters == one.parameters and two.log_loss == pytest.approx(one.log_loss, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_resumes_what_fsdp_has_left(
+    unruly: Zygote, arrays: Path, tmp_path: Path, first: int, then: int
+) -> None:
+    """Each rank writes how much it holds of the largest layer."""
+    code = "held = max(getattr(p, '_local_tensor', p).numel() for p in keeper.weights)\n"
+    code += "(keeper.folder / f'held-{world}-{rank}').write_text(f'{held} {step}')"
+    wanted = job(arrays, *FSDP, every_us=1, epochs=2)
+    for name in ("calm", "moved"):
+        wanted.prepare(tmp_path / name)
+        (tmp_path / name / "unruly.py").write_text(code)
+    calm = run(unruly, tmp_path / "calm", wanted)
+    run(unruly, tmp_path / "moved", wanted, ranks=first)
+    reached = newest_step(tmp_path / "moved")
+    for name in ("result.json", "network.safetensors"):
+        (tmp_path / "moved" / name).unlink()
+    moved = run(unruly, tmp_path / "moved", wanted, ranks=then)
+    assert_same(weights(tmp_path / "moved"), weights(tmp_path / "calm"), atol=2e-6)
+    assert moved.best_epoch == calm.best_epoch
+    seen = {path.name: list(map(int, path.read_text().split())) for path in (tmp_path / "moved").glob("held-*")}
+    assert seen["held-2-0"][0] == seen["held-2-1"][0] == seen["held-1-0"][0] // 2
+    steps = epoch_shape(2_400, 64, 1).steps
+    assert seen[f"held-{then}-0"][1] == 2 * steps > reached > steps
+
+
+@pytest.mark.slow
+def test_a_bad_batch_and_a_batch_in_parts_under_fsdp(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    bad = job(poisoned(arrays, tmp_path / "poisoned", 1_100), *FSDP, epochs=1)
+    assert "training rows 1100; last finite: step" in run(zygote, tmp_path / "bad", bad, ranks=2).stopped
+    wanted = job(arrays, *FSDP, epochs=1)
+    wanted.prepare(tmp_path / "parts")
+    write_json(tmp_path / "parts" / "restarts.json", {"reasons": [], "notes": [], "split": 4})
+    for name, ranks in (("parts", 2), ("whole", 1)):
+        run(zygote, tmp_path / name, wanted, ranks=ranks)
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=2e-6)
+
+
 # --- the spec ---
 
 
@@ -238,6 +289,8 @@ def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
         (("train.gradient_clip_algorithm=value",), "train: gradient_clip_algorithm clips nothing by itself: give grad"),
         (("train.schedule=cosin",), r"train.schedule: Input should be 'cosine', 'linear', .*, found 'cosin'"),
         (("train.accumulate_grad_batches=0",), "train.accumulate_grad_batches: .* greater than or equal to 1, found 0"),
+        (("train.strategy=deepspeed_stage_3",), "train.strategy: deepspeed is not built in; fsdp spreads .* as its stage 3 does"),
+        (("train.strategy=fsdp", "train.precision=16-mixed"), "train: strategy fsdp has no scaler .*: choose bf16-mixed or"),
         (("train.ema=1",), "train.ema: Input should be less than 1, found 1"),
     ],
 )
