@@ -1,11 +1,13 @@
-"""What the words of a spec mean to Lightning: how ranks share the work, and in what numbers they multiply."""
+"""What the words of a spec mean to Lightning: its Trainer, how ranks share the work, in what numbers they multiply."""
 
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.strategies.model_parallel import _rekey_optimizer_state_if_needed
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.plugins import MixedPrecision, Precision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -14,11 +16,31 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.checkpoints import CheckpointIO
+from models.job import Job
 from pipelines.errors import UsageError
 from pipelines.spec import Train
 
 HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
 UNIT = 10_000  # numbers from which a layer is gathered by itself; smaller ones together
+
+
+def trainer_of(job: Job, world: int, keeper: pl.Callback) -> pl.Trainer:
+    """Lightning's Trainer for one of `world` ranks. Raises UsageError where it does not take what the spec passes on."""
+    train = job.train
+    ours = {
+        "accelerator": job.accelerator, "devices": world, "strategy": strategy(train, world, job.accelerator),
+        "max_epochs": job.max_epochs, "callbacks": [keeper], "num_sanity_val_steps": 0, "log_every_n_steps": 10**6,
+        "accumulate_grad_batches": train.accumulate_grad_batches, "gradient_clip_val": train.gradient_clip_val,
+        "gradient_clip_algorithm": train.gradient_clip_algorithm, "use_distributed_sampler": False,
+        "plugins": [CheckpointIO(), precision_plugin(train, job.accelerator)],
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    }  # fmt: skip
+    try:
+        return pl.Trainer(**{**ours, **train.trainer})
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}: {value!r}" for name, value in train.trainer.items())
+        raise UsageError(f"train.trainer: Lightning does not take {{{given}}}: {' '.join(str(error).split())}") from error
 
 
 def precision_plugin(train: Train, accelerator: str) -> Precision:

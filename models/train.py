@@ -25,13 +25,13 @@ from models.arrays import Arrays, epoch_shape
 from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
-from models.checkpoints import CheckpointIO, Writer, newest, snapshot
+from models.checkpoints import Writer, newest, snapshot
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
 from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
 from models.module import TabularModule
 from models.net import TabularNet, build_net
-from models.strategy import finite, precision_plugin, strategy, whole
+from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 
@@ -56,14 +56,7 @@ def main(folder: Path) -> None:
     loader = Loader(rows, shape, job.seed, rank, world)
     keeper = Keeper(job, folder, valid, loader, steps)
     module = TabularModule(net, job.train, steps, job.seed, split, keeper.say)
-    trainer = pl.Trainer(
-        accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=strategy(job.train, world, job.accelerator),
-        max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
-        log_every_n_steps=10**6, plugins=[CheckpointIO(), precision_plugin(job.train, job.accelerator)],
-        accumulate_grad_batches=job.train.accumulate_grad_batches,
-        gradient_clip_val=job.train.gradient_clip_val, gradient_clip_algorithm=job.train.gradient_clip_algorithm,
-    )  # fmt: skip
+    trainer = trainer_of(job, world, keeper)
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
     trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=True)
@@ -79,6 +72,7 @@ def quiet() -> None:
     """Library chatter off."""
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # what was asked for by train.trainer
 
 
 def _no_lightning_signals(trainer: pl.Trainer) -> None:

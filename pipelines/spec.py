@@ -28,6 +28,7 @@ from pydantic import (
 
 from pipelines.clock import duration_text, duration_us
 from pipelines.errors import UsageError, nearest
+from pipelines.trainer import refused
 
 HERE = Path(__file__).parent
 _DURATION_SCHEMA = {"type": "string", "pattern": r"^-?\d+(us|ms|s|m|h|d)$", "examples": ["60m", "1h", "30d"]}
@@ -500,6 +501,9 @@ class Train(Model):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "fp8"] = Field(
         "32-true", description="numbers that are multiplied; weights and judgement are float32 in any case"
     )
+    trainer: dict[str, bool | int | float | str] = Field(
+        {}, description="options of Lightning's Trainer under their own names, of those that Millrace does not own"
+    )
     compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
@@ -521,6 +525,13 @@ class Train(Model):
             raise ValueError("deepspeed is not built in; fsdp spreads weights, gradients and optimiser as its stage 3 does")
         return strategy
 
+    @field_validator("trainer")
+    @classmethod
+    def _not_owned(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        if wrong := refused(options):
+            raise ValueError("; ".join(wrong))
+        return options
+
     @model_validator(mode="after")
     def _fits(self) -> "Train":
         if self.strategy == "fsdp" and self.precision == "16-mixed":
@@ -540,7 +551,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy",
+    "strategy", "trainer",
 })  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Options of `train:`: each does what PyTorch by hand does, survives kills bit for bit, and stands in no file when unused."""
 
+import inspect
 import math
 import re
 import signal
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
@@ -21,6 +23,7 @@ from models.net import build_net
 from pipelines.errors import MillraceError, UsageError
 from pipelines.manifest import write_json
 from pipelines.spec import Train
+from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
 from tests.model.test_supervisor import UNRULY, poisoned, record
 from tests.model.test_training import assert_same, job, newest_step, run, strike, weights
@@ -229,6 +232,26 @@ def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
     assert_same(weights(tmp_path / "none"), weights(tmp_path / "slow"))
 
 
+# --- Lightning's own options ---
+
+
+def test_every_option_of_lightnings_trainer_is_passed_or_owned() -> None:
+    """A new version of Lightning with another option is noticed here."""
+    known = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
+    assert sorted(known) == sorted([*PASSED, *OWNED])
+
+
+def test_trainer_options_reach_lightning_and_bad_values_are_said_once(
+    zygote: Zygote, arrays: Path, tmp_path: Path
+) -> None:
+    said = job(arrays, "train.trainer={profiler: simple, deterministic: true}", epochs=1)
+    run(zygote, tmp_path / "said", said)
+    assert "run_training_batch" in (tmp_path / "said" / "rank-0.log").read_text()  # what the profiler found
+    bad = job(arrays, "train.trainer={profiler: quick}", epochs=1)
+    with pytest.raises(MillraceError, match=r"0 restarts: train\.trainer: Lightning does not take {profiler: 'quick'}: When"):
+        run(zygote, tmp_path / "bad", bad)
+
+
 # --- FSDP2 ---
 
 FSDP = ("train.strategy=fsdp", "train.network.width=128", "train.ema=0.9", "train.gradient_clip_val=0.5", QUIET)
@@ -291,6 +314,9 @@ def test_a_bad_batch_and_a_batch_in_parts_under_fsdp(zygote: Zygote, arrays: Pat
         (("train.accumulate_grad_batches=0",), "train.accumulate_grad_batches: .* greater than or equal to 1, found 0"),
         (("train.strategy=deepspeed_stage_3",), "train.strategy: deepspeed is not built in; fsdp spreads .* as its stage 3 does"),
         (("train.strategy=fsdp", "train.precision=16-mixed"), "train: strategy fsdp has no scaler .*: choose bf16-mixed or"),
+        (("train.trainer={devices: 4}",), "train.trainer: devices is Millrace's own: say how many processes by train.ranks"),
+        (("train.trainer={precision: 16, benchmrk: true}",), "train.trainer: precision is .*: give it as train.precision; "
+         "benchmrk is no option of Lightning's Trainer; nearest: 'benchmark'"),
         (("train.ema=1",), "train.ema: Input should be less than 1, found 1"),
     ],
 )
