@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from models.net import TabularNet
 from models.strategy import shard
 from pipelines.spec import Train
 
@@ -18,14 +17,14 @@ class TabularModule(pl.LightningModule):
     """Binary cross-entropy by AdamW, with a warm-up and a schedule that ends at `steps`."""
 
     def __init__(
-        self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1, say: Callable[[str], None] = print
+        self, net: nn.Module, train: Train, steps: int, split: int = 1, say: Callable[[str], None] = print
     ) -> None:  # fmt: skip
         """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same.
 
         `say` is told why the network was not compiled.
         """
         super().__init__()
-        self.net, self.hyper, self.steps, self.seed, self.split, self.say = net, train, steps, seed, split, say
+        self.net, self.hyper, self.steps, self.split, self.say = net, train, steps, split, say
         self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
         if train.compile:
             self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
@@ -35,12 +34,9 @@ class TabularModule(pl.LightningModule):
             shard(self.net, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
-        together = self.hyper.accumulate_grad_batches
-        draw = self.global_step * together + index % together
-        torch.manual_seed((self.seed * 1_000_003 + draw) * 1_009 + self.global_rank)
         if self.split == 1:
             return self._loss(batch)
+        together = self.hyper.accumulate_grad_batches
         parts = list(zip(*(column.chunk(self.split) for column in batch), strict=True))
         shares = [len(part[2]) / len(batch[2]) for part in parts]
         if index % together == 0:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import time
 import warnings
@@ -20,17 +21,18 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import registry
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models.arrays import Arrays, epoch_shape
 from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
 from models.checkpoints import Writer, newest, snapshot
+from models.custom import build, check_logits
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
-from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
+from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
-from models.net import TabularNet, build_net
 from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
@@ -51,21 +53,32 @@ def main(folder: Path) -> None:
     shape = epoch_shape(len(rows.label), job.train.batch_size, world)
     if split > shape.batch // world:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
-    net = build_net(arrays.preprocess, job.network, job.seed)
     steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
     loader = Loader(rows, shape, job.seed, rank, world)
-    keeper = Keeper(job, folder, valid, loader, steps)
-    module = TabularModule(net, job.train, steps, job.seed, split, keeper.say)
+    net = build(job.train, arrays.preprocess, job.seed, steps)
+    keeper = Keeper(job, folder, valid, loader, steps, net)
+    if job.train.module is not None:
+        check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
+    module = _module(net, job, steps, split, keeper)
     trainer = trainer_of(job, world, keeper)
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
-    trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=True)
+    # a user's own module may keep hyper-parameters of any type in the checkpoint
+    trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=job.train.module is None)
     keeper.beat(END)
     if rank == 0:
         if not keeper.mine():
             raise MillraceError("another job was prepared in this folder")
         keeper.leave()
         _leave(job, folder, keeper, arrays)
+
+
+def _module(net: nn.Module, job: Job, steps: int, split: int, keeper: "Keeper") -> pl.LightningModule:
+    if not isinstance(net, pl.LightningModule):
+        return TabularModule(net, job.train, steps, split, keeper.say)
+    if split > 1:
+        raise MillraceError("out of memory; choose a smaller train.batch_size and a larger train.accumulate_grad_batches")
+    return net
 
 
 def quiet() -> None:
@@ -84,7 +97,7 @@ def _no_lightning_signals(trainer: pl.Trainer) -> None:
 def origin(job: Job) -> dict[str, Any]:
     """What a checkpoint must share with who reads it."""
     return {"job": identity(job.to_dict()), "code": code_digest("models"),
-            "libraries": library_versions(*LIBRARIES)}  # fmt: skip
+            "libraries": library_versions(*LIBRARIES), **own_code(job.train)}  # fmt: skip
 
 
 def warm_up() -> None:
@@ -134,8 +147,9 @@ class Keeper(pl.Callback):
     what it holds is what all hold, or has been gathered from them, and the order of rows is no rank's own.
     """
 
-    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader, steps: int) -> None:
+    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader, steps: int, net: nn.Module) -> None:
         self.job, self.folder, self.valid, self.loader, self.rank = job, folder, valid, loader, loader.rank
+        self.net = net
         self.steps, self.together = steps, job.train.accumulate_grad_batches
         self.sharded = job.train.strategy == "fsdp" and loader.world > 1
         self.curve: list[Epoch] = []
@@ -203,6 +217,11 @@ class Keeper(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if len(trainer.optimizers) != 1 or not module.automatic_optimization:
+            raise MillraceError(
+                f"train.module {self.job.train.module!r}: training resumes exactly with one optimiser that Lightning steps; "
+                "return one from configure_optimizers, and the loss from training_step"
+            )
         self.clock.start()
         self.weights = list(module.parameters())
         if self.job.train.ema is not None or self.job.train.swa is not None:
@@ -213,6 +232,15 @@ class Keeper(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew."""
+        draw = trainer.global_step * self.together + batch_idx % self.together
+        seed = (self.job.seed * 1_000_003 + draw) * 1_009 + trainer.global_rank
+        torch.manual_seed(seed)
+        if self.job.train.module is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor) -> None:
         if self.job.train.precision == "16-mixed":
@@ -231,11 +259,10 @@ class Keeper(pl.Callback):
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
         if finite(p.grad for p in self.weights if p.grad is not None) or self._too_large_for_float16(trainer):
             return
-        assert isinstance(module, TabularModule)
         self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
         del self.losses[len(self.losses) - before :]
         where = f"step {trainer.global_step + 1} (epoch {self.loader.epoch + 1}, batch {self.loader.position})"
-        where += f": {self._bad_rows(module.net, before + 1)}"
+        where += f": {self._bad_rows(before + 1)}"
         for p in self.weights:
             p.grad = None  # the optimiser leaves these as they are
         self.skipped += 1
@@ -246,10 +273,10 @@ class Keeper(pl.Callback):
         self.stopped = f"loss not finite at {where}; last finite: {last}"
         trainer.should_stop = True
 
-    def _bad_rows(self, net: TabularNet, batches: int) -> str:
+    def _bad_rows(self, batches: int) -> str:
         rows = self.loader.last_rows(batches)
         scaled, codes, label = self.loader.data.take(rows)
-        bad = ~np.isfinite(logits(net, Resident(scaled, codes, label)))
+        bad = ~np.isfinite(logits(self.net, Resident(scaled, codes, label)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
         if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"
@@ -258,7 +285,7 @@ class Keeper(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         step = trainer.global_step
-        if not self.bad:
+        if not self.bad and outputs:  # a user's own training_step may return no loss, to leave a batch out
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
         self.bad = False
@@ -300,11 +327,10 @@ class Keeper(pl.Callback):
         write_json(self.folder / "timing.json", self.clock.figures())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, TabularModule)
         if self.stopped:
             return
         with self.average.applied() if self.average else nullcontext():
-            epoch = self._learned(module.net)
+            epoch = self._learned()
         if self.rank == 0:
             lines = [json.dumps(asdict(e)) + "\n" for e in self.curve]
             with suppress(OSError):  # a disk that is full; the curve is also in the checkpoint
@@ -313,16 +339,19 @@ class Keeper(pl.Callback):
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
 
-    def _learned(self, net: TabularNet) -> Epoch:
+    def _learned(self) -> Epoch:
         """The epoch judged; its weights are kept when they are the best so far."""
-        epoch = self._judge(net)
+        if self.loader.world > 1:
+            for buffer in self.net.buffers():  # such as means of a BatchNorm: each rank has those of its rows
+                torch.distributed.broadcast(buffer, 0)
+        epoch = self._judge()
         self.curve.append(epoch)
         better = self.best_epoch is None or (
             epoch.log_loss is not None and epoch.log_loss < (self.curve[self.best_epoch - 1].log_loss or float("inf"))
         )
         if epoch.log_loss is not None and better:
             self.best_epoch = epoch.epoch
-            self.best = {k: whole(v.detach()).cpu().clone() for k, v in net.state_dict().items()}
+            self.best = {k: whole(v.detach()).cpu().clone() for k, v in self.net.state_dict().items()}
         return epoch
 
     def _above(self, epoch: Epoch) -> bool:
@@ -330,8 +359,8 @@ class Keeper(pl.Callback):
         limit = limits[epoch.epoch - 1] if epoch.epoch <= len(limits) else None
         return epoch.log_loss is None or (limit is not None and epoch.log_loss > limit)
 
-    def _judge(self, net: TabularNet) -> Epoch:
-        logit = logits(net, self.valid, self.beat)
+    def _judge(self) -> Epoch:
+        logit = logits(self.net, self.valid, self.beat)
         self.beat()
         label = self.valid.label.numpy().astype(np.float64)
         loss, self.losses = float(np.mean(self.losses)) if self.losses else float("nan"), []
@@ -342,7 +371,7 @@ class Keeper(pl.Callback):
         return Epoch(len(self.curve) + 1, mean, log_loss(label, p), auc(label, p))
 
 
-def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
+def logits(net: nn.Module, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
     """Logits of rows without dropout, float64; `beat` is told of every chunk."""
     was, device = net.training, next(net.parameters()).device
     net.eval()
@@ -357,13 +386,18 @@ def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int
 
 
 def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:
-    net = build_net(arrays.preprocess, job.network, job.seed)
+    net = build(job.train, arrays.preprocess, job.seed, keeper.steps)
     if job.export and keeper.best and not keeper.stopped:
         from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
 
         save_weights(keeper.best, folder / "network.safetensors")
         net.load_state_dict(load_file(folder / "network.safetensors"))
-        export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
+        try:
+            export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
+        except Exception as error:
+            if job.train.module is None:
+                raise
+            raise MillraceError(f"train.module {job.train.module!r} cannot be exported to ONNX: {error}") from error
     parameters = sum(p.numel() for p in net.parameters())
     Result(tuple(keeper.curve), keeper.best_epoch, keeper.pruned, parameters, keeper.stopped).save(folder)
 

@@ -475,6 +475,9 @@ class Train(Model):
     """Training of the network, by PyTorch Lightning."""
 
     network: Network = Network()
+    module: str | None = Field(
+        None, description="package.module:Class of your own network or LightningModule, in place of Millrace's network"
+    )
     ranks: int | Literal["auto"] = Field("auto", description="processes; auto: one per GPU, else 1")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="how several ranks share the work: each has all weights (ddp, auto), or a part of them (fsdp)"
@@ -525,6 +528,13 @@ class Train(Model):
             raise ValueError("deepspeed is not built in; fsdp spreads weights, gradients and optimiser as its stage 3 does")
         return strategy
 
+    @field_validator("module")
+    @classmethod
+    def _named(cls, module: str | None) -> str | None:
+        if module is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", module):
+            raise ValueError(f"{module!r} names no class: write package.module:Class")
+        return module
+
     @field_validator("trainer")
     @classmethod
     def _not_owned(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
@@ -551,7 +561,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy", "trainer",
+    "strategy", "trainer", "module",
 })  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import re
 import signal
 from pathlib import Path
@@ -14,15 +15,21 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from flows.check import check_pipeline
 from models.arrays import Arrays, epoch_shape, write_arrays
+from models.calibrate import sigmoid
+from models.custom import load_class
 from models.data import Loader, resident
 from models.elastic import Zygote, launch, start_zygote
+from models.evaluate import log_loss
 from models.job import Job
 from models.module import TabularModule
 from models.net import build_net
+from models.score import NetworkScorer
 from pipelines.errors import MillraceError, UsageError
+from pipelines.home import open_home
 from pipelines.manifest import write_json
-from pipelines.spec import Train
+from pipelines.spec import Train, find_pipeline
 from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
 from tests.model.test_supervisor import UNRULY, poisoned, record
@@ -252,6 +259,94 @@ def test_trainer_options_reach_lightning_and_bad_values_are_said_once(
         run(zygote, tmp_path / "bad", bad)
 
 
+# --- a user's own module ---
+
+WHOLE, WIDE = "train.module=tests.model.own:Whole", "train.module=tests.model.own:Wide"
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ((WHOLE, "train.ema=0.9", "train.accumulate_grad_batches=2"), 1),
+        pytest.param((WHOLE, "train.precision=bf16-mixed"), 2, marks=pytest.mark.slow),
+        pytest.param((WIDE, "train.schedule=onecycle"), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_an_own_module_is_killed_resumed_judged_and_exported(
+    zygote: Zygote, arrays: Path, tmp_path: Path, options: tuple[str, ...], ranks: int
+) -> None:
+    calm = run(zygote, tmp_path / "calm", job(arrays, *options, epochs=2), ranks=ranks)
+    hit = strike(zygote, tmp_path / "hit", [12], signal.SIGKILL)
+    torn = run(zygote, tmp_path / "hit", job(arrays, *options, epochs=2, every_us=1), ranks=ranks)
+    hit.join()
+    assert (tmp_path / "hit" / "restarts.json").exists() and torn == calm
+    assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
+    batch = write_small(tmp_path / "set").batch.take(np.arange(2_400, 3_000))  # valid_fit
+    p = sigmoid(NetworkScorer(tmp_path / "calm" / "network.onnx").logit(batch))
+    label = Arrays.load(arrays).label[2_400:3_000].astype(np.float64)
+    assert log_loss(label, p) == pytest.approx(calm.log_loss, abs=1e-5) and calm.log_loss < 0.85
+
+
+@pytest.mark.slow
+def test_an_own_network_is_spread_and_compiled_too(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    for name, options in (("plain", ()), ("fsdp", ("train.strategy=fsdp", "train.compile=true"))):
+        run(zygote, tmp_path / name, job(arrays, WIDE, *options, epochs=1), ranks=2)
+    assert_same(weights(tmp_path / "fsdp"), weights(tmp_path / "plain"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("tests.model.nowhere:Net", r"'tests.model.nowhere:Net' does not import \(ModuleNotFoundError: .*PYTHONPATH"),
+        ("tests.model.own:Wid", r": 'Wid' is not there \(classes: .*; nearest: 'Wide'\)"),
+        ("tests.model.small:small_spec", r": 'small_spec' is no class of torch.nn.Module or LightningModule"),
+        ("tests.model.own:Greedy", "its constructor needs 'colour', it can have: numbers, flags, categories, network, train, st"),
+    ],
+)
+def test_a_module_that_cannot_stand_in_is_one_clear_error(own: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"^train.module {said if own in said else repr(own) + '.*' + said}[^\n]*$"):
+        load_class(Train(module=own))
+
+
+def test_check_names_a_module_that_does_not_import(tmp_path: Path) -> None:
+    home = open_home(tmp_path)
+    spec = small_spec("train.module=tests.model.nowhere:Net")
+    problems = check_pipeline(spec, home, find_pipeline("tumours")).problems
+    assert sum("train.module 'tests.model.nowhere:Net' does not import" in problem for problem in problems) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("train.module=tests.model.own:Flat",), r"forward\(scaled .* returned \(4, 1\); expected logits of shape \(4,\)$"),
+        (("train.module=tests.model.own:Two",), "resumes exactly with one optimiser"),
+        ((WHOLE, "train.compile=true"), "call torch.compile there"), ((WHOLE, "train.strategy=fsdp"), "calls fully_shard in"),
+    ],
+)  # fmt: skip
+def test_a_module_that_cannot_be_trained_is_not_tried_again(
+    zygote: Zygote, arrays: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(MillraceError, match=f"0 restarts: train.module 'tests.model.own:.*{said}"):
+        run(zygote, tmp_path, job(arrays, *options))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_module_that_was_changed_is_refused(
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from tests.model.own import Wide as Mine\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    zygote = Zygote()
+    wanted = job(arrays, "train.module=mine:Mine", every_us=1, epochs=1)
+    run(zygote, tmp_path / "job", wanted)
+    (tmp_path / "job" / "result.json").unlink()
+    file.write_text("from tests.model.own import Wide as Mine  # another\n")
+    with pytest.raises(MillraceError, match=r"was written for another training: module [0-9a-f]{12}, now [0-9a-f]{12};"):
+        run(zygote, tmp_path / "job", wanted)
+
+
 # --- FSDP2 ---
 
 FSDP = ("train.strategy=fsdp", "train.network.width=128", "train.ema=0.9", "train.gradient_clip_val=0.5", QUIET)
@@ -317,6 +412,7 @@ def test_a_bad_batch_and_a_batch_in_parts_under_fsdp(zygote: Zygote, arrays: Pat
         (("train.trainer={devices: 4}",), "train.trainer: devices is Millrace's own: say how many processes by train.ranks"),
         (("train.trainer={precision: 16, benchmrk: true}",), "train.trainer: precision is .*: give it as train.precision; "
          "benchmrk is no option of Lightning's Trainer; nearest: 'benchmark'"),
+        (("train.module=my_net",), "train.module: 'my_net' names no class: write package.module:Class"),
         (("train.ema=1",), "train.ema: Input should be less than 1, found 1"),
     ],
 )
