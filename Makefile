@@ -5,7 +5,7 @@ export TZ := UTC
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop ui test test-all lint lock schema bench clean
+.PHONY: help setup demo stop ui test test-slow test-all lint lock schema bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,8 +33,10 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 test: setup  ## the everyday tests
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: test  ## every test: also kills, scheduler, full data
+test-slow: setup
 	@$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow  ## every test: also kills, scheduler, full data (with -j 2 both halves at once)
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -30,6 +30,7 @@ POLL_S = 0.05
 START_S = 120.0  # a rank that starts, or writes what it leaves, may be silent for so long
 PAUSE_S = 1.0  # a stopped rank (SIGSTOP) counts as dead after so long
 DRAIN_S = 6.0  # what rank 0 has to write a checkpoint when all is to end
+OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSTOP)  # what another did to a rank tells nothing about its device
 WIDER_S = 60.0  # after so long ranks that were given up are tried again; twice as long after each failure
 MAX_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
@@ -143,7 +144,7 @@ class _Group:
             self._listen(member, passed)
             if member.stopped_s > PAUSE_S:
                 self.culprit = member.rank
-                return f"rank {member.rank} was stopped", FAILED
+                return f"rank {member.rank} was stopped", -signal.SIGSTOP
         for member in self.members:
             if member.silent_s > self.patience(member):
                 self.culprit = member.rank
@@ -191,7 +192,7 @@ class _Group:
             self._again(f"the ranks could not be started: {error}")
 
     def _restart(self, why: str, code: int, steps: int) -> str | None:
-        if self.asked_at is not None and code in (STOPPED, FAILED, -signal.SIGTERM):  # rank 0 took the others along
+        if self.asked_at is not None and code in (STOPPED, FAILED, *OUTSIDE):  # rank 0 took the others along
             self.due = time.monotonic()
             self._record()
             return None
@@ -203,8 +204,8 @@ class _Group:
         if "no progress" in why and steps == self.hung_at:
             self.hang_s *= 2  # silent at the same step again: it may be slow there, not hung
         self.hung_at = steps
-        slot = self.slots[self.culprit]
-        self._narrow(slot)
+        if code not in OUTSIDE:
+            self._narrow(self.slots[self.culprit])
         return self._again(why)
 
     def _again(self, why: str) -> str | None:

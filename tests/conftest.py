@@ -21,8 +21,8 @@ _made: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing of the caller's: no home, no Prefect server."""
-    for name in [n for n in os.environ if n.startswith(("MILLRACE_", "PREFECT_"))]:
+    """Nothing of the caller's: no home, no Prefect server, no flags of the `make` that it may be."""
+    for name in [n for n in os.environ if n.startswith(("MILLRACE_", "PREFECT_", "MAKE", "MFLAGS"))]:
         del os.environ[name]
     _made.append(tempfile.mkdtemp(prefix="millrace-tests-"))
     os.environ |= {"TZ": "UTC", "MILLRACE_HOME": f"{_made[0]}/home", "PYTHONSAFEPATH": "1"}

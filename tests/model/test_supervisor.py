@@ -302,6 +302,19 @@ def test_a_rank_that_keeps_failing_is_given_up_and_tried_again(unruly: Zygote, a
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_again_and_again_is_not_given_up(unruly: Zygote, arrays: Path, tmp_path: Path) -> None:
+    """Who kills a rank from outside changes neither the number of ranks nor a bit."""
+    killed = "import signal\nif rank == 1 and generation < 3: os.kill(os.getpid(), signal.SIGKILL)"
+    for name, code in (("calm", ""), ("hit", killed)):
+        job(arrays).prepare(tmp_path / name)
+        (tmp_path / name / "unruly.py").write_text(code)
+    calm, hit = (launch(tmp_path / name, ranks=2, max_restarts=3, zygote=unruly) for name in ("calm", "hit"))
+    assert hit.restarts == ("rank 1 died of signal 9",) * 3 and not hit.notes
+    assert hit.result == calm.result
+    assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
+
+
+@pytest.mark.slow
 def test_a_supervisor_that_dies_is_replaced(arrays: Path, zygote: Zygote, tmp_path: Path) -> None:
     mortal = Zygote()
     wanted = job(arrays, every_us=1)
