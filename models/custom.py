@@ -47,6 +47,8 @@ def load_class(train: Train) -> type[nn.Module]:
 def _check_lightning(own: type[pl.LightningModule], train: Train, where: str) -> None:
     if train.compile:
         raise UsageError(f"{where} is a LightningModule: call torch.compile there, and leave train.compile out")
+    if train.learning_rate == "auto":
+        raise UsageError(f"{where} is a LightningModule with an optimiser of its own: learning_rate: auto is for networks")
     if train.strategy == "fsdp" and not is_overridden("configure_model", own, pl.LightningModule):
         raise UsageError(f"{where} is a LightningModule: for strategy fsdp it calls fully_shard in its configure_model")
 
@@ -66,7 +68,9 @@ def _offered(preprocess: Preprocess | None, train: Train, steps: int) -> dict[st
 def build(train: Train, preprocess: Preprocess, seed: int, steps: int) -> nn.Module:
     """The network of the spec, or the user's own; the seed alone decides its weights."""
     if train.module is None:
-        return build_net(preprocess, train.network, seed)
+        net = build_net(preprocess, train.network, seed)
+        net.recompute = train.gradient_checkpointing
+        return net
     own, offered = load_class(train), _offered(preprocess, train, steps)
     torch.manual_seed(seed)
     try:

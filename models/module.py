@@ -73,6 +73,7 @@ class TabularModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
         fused = self.hyper.precision != "16-mixed"  # a fused one would undo the scaling itself, after clipping
+        assert self.hyper.learning_rate != "auto"
         optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=fused
         )
@@ -81,7 +82,8 @@ class TabularModule(pl.LightningModule):
     def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
         schedule, warm = self.hyper.schedule, max(1, round(self.hyper.warmup * self.steps))
         if schedule == "onecycle":
-            return OneCycleLR(optimizer, self.hyper.learning_rate, self.steps, pct_start=self.hyper.warmup)
+            rise = self.hyper.warmup if self.hyper.warmup * self.steps > 1 else 0.0  # it divides by 0 where one step rises
+            return OneCycleLR(optimizer, optimizer.defaults["lr"], self.steps, pct_start=rise)
 
         def factor(step: int) -> float:
             if step < warm:

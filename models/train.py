@@ -31,11 +31,13 @@ from models.checkpoints import Writer, newest, snapshot
 from models.custom import build, check_logits
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
+from models.find_rate import find_rate, found_rate
 from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
 from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
+from pipelines.spec import Train
 
 
 def main(folder: Path) -> None:
@@ -59,7 +61,7 @@ def main(folder: Path) -> None:
     keeper = Keeper(job, folder, valid, loader, steps, net)
     if job.train.module is not None:
         check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
-    module = _module(net, job, steps, split, keeper)
+    module = _module(net, _with_rate(job, folder, arrays, loader, keeper), steps, split, keeper)
     trainer = trainer_of(job, world, keeper)
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
@@ -73,9 +75,25 @@ def main(folder: Path) -> None:
         _leave(job, folder, keeper, arrays)
 
 
-def _module(net: nn.Module, job: Job, steps: int, split: int, keeper: "Keeper") -> pl.LightningModule:
+def _with_rate(job: Job, folder: Path, arrays: Arrays, loader: Loader, keeper: "Keeper") -> Train:
+    """The training settings with a number as learning rate."""
+    train = job.train
+    if train.learning_rate != "auto":
+        return train
+
+    def find() -> float:
+        whole = Loader(loader.data, loader.shape, job.seed, 0, 1)
+        return find_rate(build(train, arrays.preprocess, job.seed, keeper.steps), whole, train.weight_decay, keeper.beat)
+
+    rate, now = found_rate(folder, find)
+    if now:
+        keeper.say(f"train.learning_rate auto: {rate:g}, a tenth of that up to which the loss falls")
+    return train.model_copy(update={"learning_rate": rate})
+
+
+def _module(net: nn.Module, train: Train, steps: int, split: int, keeper: "Keeper") -> pl.LightningModule:
     if not isinstance(net, pl.LightningModule):
-        return TabularModule(net, job.train, steps, split, keeper.say)
+        return TabularModule(net, train, steps, split, keeper.say)
     if split > 1:
         raise MillraceError("out of memory; choose a smaller train.batch_size and a larger train.accumulate_grad_batches")
     return net

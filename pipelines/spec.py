@@ -57,6 +57,18 @@ def _zone(name: str) -> str:
         raise ValueError(f"no time zone is named {name!r}{nearest(name, known)}: write one such as America/New_York") from None
 
 
+def _rate(value: Any) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
+    return float(value)
+
+
+Rate = Annotated[
+    float | Literal["auto"], BeforeValidator(_rate),
+    WithJsonSchema({"anyOf": [{"exclusiveMinimum": 0, "type": "number"}, {"const": "auto"}]}),
+]  # fmt: skip
 Length = Annotated[Duration, AfterValidator(_above_zero)]
 Delay = Annotated[Duration, AfterValidator(_not_below_zero)]
 Zone = Annotated[str, AfterValidator(_zone)]
@@ -484,7 +496,7 @@ class Train(Model):
     )
     max_epochs: int = Field(4, ge=1)
     batch_size: int = Field(512, ge=2, description="rows per optimiser step over all ranks")
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: Rate = Field(3e-3, description="auto: found by a range test of 100 steps when the job begins")
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant", "onecycle"] = Field(
@@ -506,6 +518,9 @@ class Train(Model):
     )
     trainer: dict[str, bool | int | float | str] = Field(
         {}, description="options of Lightning's Trainer under their own names, of those that Millrace does not own"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activation of a hidden layer for the backward pass but compute it again: less memory"
     )
     compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
@@ -546,6 +561,8 @@ class Train(Model):
     def _fits(self) -> "Train":
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise ValueError("strategy fsdp has no scaler for precision 16-mixed: choose bf16-mixed or 32-true")
+        if self.module is not None and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is for Millrace's network: call torch.utils.checkpoint in your own module")
         if self.ema is not None and self.swa is not None:
             raise ValueError("ema and swa both average the weights: give one of them")
         if self.gradient_clip_val is None and self.gradient_clip_algorithm != "norm":
@@ -561,7 +578,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy", "trainer", "module",
+    "strategy", "trainer", "module", "gradient_checkpointing",
 })  # fmt: skip
 
 

@@ -18,23 +18,25 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from flows.check import check_pipeline
 from models.arrays import Arrays, epoch_shape, write_arrays
 from models.calibrate import sigmoid
-from models.custom import load_class
+from models.custom import build, load_class
 from models.data import Loader, resident
 from models.elastic import Zygote, launch, start_zygote
 from models.evaluate import log_loss
+from models.find_rate import find_rate, found_rate
 from models.job import Job
 from models.module import TabularModule
 from models.net import build_net
 from models.score import NetworkScorer
 from pipelines.errors import MillraceError, UsageError
 from pipelines.home import open_home
-from pipelines.manifest import write_json
+from pipelines.manifest import read_json, write_json
 from pipelines.spec import Train, find_pipeline
 from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
 from tests.model.test_supervisor import UNRULY, poisoned, record
 from tests.model.test_training import assert_same, job, newest_step, run, strike, weights
 
+AGAIN = "train.gradient_checkpointing=true"
 QUIET = "train.network.dropout=0.0"
 
 
@@ -66,7 +68,7 @@ def by_hand(wanted: Job) -> dict[str, np.ndarray]:
     warm = max(1, round(train.warmup * steps))
     falls = {"cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)), "linear": lambda x: 1 - x, "constant": lambda x: 1.0}
     schedule: Any = (
-        OneCycleLR(optimizer, train.learning_rate, total_steps=steps, pct_start=train.warmup)
+        OneCycleLR(optimizer, train.learning_rate, total_steps=steps, pct_start=train.warmup if train.warmup * steps > 1 else 0.0)
         if train.schedule == "onecycle"
         else LambdaLR(optimizer, lambda s: (s + 1) / warm if s < warm else falls[train.schedule]((s - warm) / (steps - warm)))
     )
@@ -239,6 +241,62 @@ def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
     assert_same(weights(tmp_path / "none"), weights(tmp_path / "slow"))
 
 
+# --- learning rate and memory ---
+
+
+def test_a_learning_rate_is_found_once_and_is_the_same_everywhere(
+    zygote: Zygote, arrays: Path, tmp_path: Path
+) -> None:
+    """Two ranks find what one finds; a resumed job reads it, and what was found is what would have been written."""
+    wanted = job(arrays, QUIET, "train.learning_rate=auto", epochs=1)
+    for name, ranks in (("one", 1), ("two", 2)):
+        wanted.prepare(tmp_path / name)
+        outcome = launch(tmp_path / name, ranks=ranks, max_restarts=0, zygote=zygote)
+        rate = read_json(tmp_path / name / "learning_rate.json")["learning_rate"]
+        assert 5e-4 < rate < 0.05
+        assert outcome.notes == (f"train.learning_rate auto: {rate:g}, a tenth of that up to which the loss falls",)
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-6)
+    run(zygote, tmp_path / "said", job(arrays, QUIET, f"train.learning_rate={rate}", epochs=1))
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "said"))
+    assert found_rate(tmp_path / "two", lambda: pytest.fail("searched again")) == (rate, False)
+
+
+def test_a_loss_that_no_rate_lowers_is_one_clear_error(arrays: Path) -> None:
+    data = Arrays.load(arrays)
+    rows = resident(data, "train", 320)
+    rows.scaled[:] = float("nan")
+    loader = Loader(rows, epoch_shape(320, 64, 1), 1, 0, 1)
+    with pytest.raises(UsageError, match=r"^train.learning_rate auto: no rate .* lowers the loss; give a number$"):
+        find_rate(build_net(data.preprocess, small_spec().train.network, 1), loader, 0.0, lambda: None)
+
+
+def test_layers_that_are_computed_again_keep_less_and_learn_the_same_bits(arrays: Path) -> None:
+    data = Arrays.load(arrays)
+    scaled, codes, label = resident(data, "train", 500).take(torch.arange(500))
+    network = small_spec("train.network.depth=6", "train.network.width=64").train.network
+    kept, gradients = [], []
+    for again in (False, True):
+        net = build(Train(network=network, gradient_checkpointing=again), data.preprocess, 1, 10)
+        sizes: list[int] = []
+        torch.manual_seed(3)  # dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):  # type: ignore[misc]
+            loss = binary_cross_entropy_with_logits(net(scaled, codes), label)
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append([p.grad for p in net.parameters()])
+    assert kept[1] < 0.4 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_training_that_computes_layers_again_ends_in_the_same_weights(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    wide = "train.network.width=128"
+    for name, options, ranks in (("plain", (), 1), ("again", (AGAIN,), 1), ("two", (), 2), ("fsdp", (AGAIN, *FSDP[:1]), 2)):
+        run(zygote, tmp_path / name, job(arrays, wide, *options, epochs=2), ranks=ranks)
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "plain"))
+    assert_same(weights(tmp_path / "fsdp"), weights(tmp_path / "two"), atol=2e-6)
+
+
 # --- Lightning's own options ---
 
 
@@ -322,6 +380,7 @@ def test_check_names_a_module_that_does_not_import(tmp_path: Path) -> None:
         (("train.module=tests.model.own:Flat",), r"forward\(scaled .* returned \(4, 1\); expected logits of shape \(4,\)$"),
         (("train.module=tests.model.own:Two",), "resumes exactly with one optimiser"),
         ((WHOLE, "train.compile=true"), "call torch.compile there"), ((WHOLE, "train.strategy=fsdp"), "calls fully_shard in"),
+        ((WHOLE, "train.learning_rate=auto"), "an optimiser of its own: learning_rate: auto is for networks"),
     ],
 )  # fmt: skip
 def test_a_module_that_cannot_be_trained_is_not_tried_again(
@@ -413,6 +472,9 @@ def test_a_bad_batch_and_a_batch_in_parts_under_fsdp(zygote: Zygote, arrays: Pat
         (("train.trainer={precision: 16, benchmrk: true}",), "train.trainer: precision is .*: give it as train.precision; "
          "benchmrk is no option of Lightning's Trainer; nearest: 'benchmark'"),
         (("train.module=my_net",), "train.module: 'my_net' names no class: write package.module:Class"),
+        (("train.learning_rate=-1",), "train.learning_rate: -1 is no learning rate: write a number above 0, or auto"),
+        (("train.learning_rate=fast",), "train.learning_rate: 'fast' is no learning rate: write a number above 0, or auto"),
+        (("train.module=a:B", AGAIN), "train: gradient_checkpointing is for Millrace's network: call torch.utils.checkpoint in"),
         (("train.ema=1",), "train.ema: Input should be less than 1, found 1"),
     ],
 )
