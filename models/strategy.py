@@ -54,7 +54,15 @@ def precision_plugin(train: Train, accelerator: str) -> Precision:
             else "train.precision fp8 is not built in yet; choose bf16-mixed"
         )  # fmt: skip
     # given as a plugin: by its name Lightning would take bfloat16 for float16 on a CPU
-    return MixedPrecision(train.precision, "cpu" if accelerator == "cpu" else "cuda")
+    kind = MixedPrecision if train.precision == "16-mixed" else Bfloat16
+    return kind(train.precision, "cpu" if accelerator == "cpu" else "cuda")
+
+
+class Bfloat16(MixedPrecision):
+    """Clips under fused optimisers too: Lightning refuses them, for the sake of a scaler that bfloat16 has not."""
+
+    def clip_gradients(self, optimizer: Any, *limits: Any, **more: Any) -> None:
+        Precision.clip_gradients(self, optimizer, *limits, **more)
 
 
 def strategy(train: Train, world: int, accelerator: str) -> Any:

@@ -112,9 +112,12 @@ def test_options_do_what_pytorch_by_hand_does(zygote: Zygote, arrays: Path, tmp_
 
 
 @pytest.mark.slow
-def test_small_batches_together_are_one_large_batch(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
-    small = job(arrays, QUIET, "train.batch_size=24", "train.accumulate_grad_batches=4", epochs=2)
-    few = run(zygote, tmp_path / "small", small)
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
+def test_small_batches_together_are_one_large_batch(
+    zygote: Zygote, arrays: Path, tmp_path: Path, ranks: int, strategy: str
+) -> None:
+    options = ("train.batch_size=24", "train.accumulate_grad_batches=4", f"train.strategy={strategy}")
+    few = run(zygote, tmp_path / "small", job(arrays, QUIET, *options, epochs=2), ranks=ranks)
     one = run(zygote, tmp_path / "large", job(arrays, QUIET, "train.batch_size=96", epochs=2))
     assert_same(weights(tmp_path / "small"), weights(tmp_path / "large"), atol=2e-6)
     assert few.log_loss == pytest.approx(one.log_loss, abs=1e-6)
@@ -140,7 +143,8 @@ def test_a_bad_batch_takes_the_others_of_its_step_along(zygote: Zygote, arrays: 
     assert result.curve[0].train_loss is not None
 
 
-ALL = ("train.schedule=onecycle", "train.accumulate_grad_batches=3", "train.gradient_clip_val=0.5", "train.ema=0.98")
+ALL = ("train.schedule=onecycle", "train.accumulate_grad_batches=3", "train.gradient_clip_val=0.5", "train.ema=0.98",
+       "train.precision=bf16-mixed")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,6 @@ ALL = ("train.schedule=onecycle", "train.accumulate_grad_batches=3", "train.grad
         (1, ALL),
         pytest.param(2, ALL, marks=pytest.mark.slow),
         pytest.param(2, (*ALL, "train.strategy=fsdp", "train.network.width=128"), marks=pytest.mark.slow),
-        pytest.param(1, ("train.precision=bf16-mixed", "train.ema=0.9"), marks=pytest.mark.slow),
         pytest.param(2, ("train.precision=16-mixed", "train.gradient_clip_val=0.5"), marks=pytest.mark.slow),
         pytest.param(1, ("train.compile=true",), marks=pytest.mark.slow),
         pytest.param(1, ("train.schedule=linear", "train.swa=0.6", "train.batch_size=32"), marks=pytest.mark.slow),
@@ -170,7 +173,8 @@ def test_killed_training_with_options_ends_in_the_same_weights(
 # --- precision and compile ---
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_low_precision_multiplies_in_it_and_learns_the_same(
     zygote: Zygote, arrays: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -212,7 +216,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(arrays: Path) -> 
     said: list[str] = []
     data = Arrays.load(arrays)
     net = build_net(data.preprocess, small_spec(QUIET).train.network, 1)
-    module = TabularModule(net, Train(compile=True), 10, 1, say=said.append)
+    module = TabularModule(net, Train(), 10, 1, say=said.append)
 
     def broken(scaled: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no C++ compiler\nand a long tail")
@@ -244,9 +248,8 @@ def test_compiled_training_learns_the_same_and_says_when_there_is_no_compiler(
 # --- learning rate and memory ---
 
 
-def test_a_learning_rate_is_found_once_and_is_the_same_everywhere(
-    zygote: Zygote, arrays: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_learning_rate_is_found_once_and_is_the_same_everywhere(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     """Two ranks find what one finds; a resumed job reads it, and what was found is what would have been written."""
     wanted = job(arrays, QUIET, "train.learning_rate=auto", epochs=1)
     for name, ranks in (("one", 1), ("two", 2)):
