@@ -488,6 +488,10 @@ class PostgresCells:
                                                     PRIMARY KEY (store, id));
         CREATE TABLE IF NOT EXISTS millrace_meta (store text PRIMARY KEY, meta jsonb NOT NULL)
     """
+    PLAN = """
+        SET plan_cache_mode = force_generic_plan;  -- planning anew costs more than the look itself
+        SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off  -- also where it was empty at first
+    """
 
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name, self.place = url, name, place_of(url)
@@ -610,6 +614,7 @@ class PostgresCells:
         try:
             if self.db is None:
                 self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True)
+                self.db.execute(self.PLAN)
             cursor = self.db.execute(query, values or None, binary=True)
             return list(cursor.fetchall()) if cursor.rownumber is not None else []
         except psycopg.errors.UndefinedTable:
