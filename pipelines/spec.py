@@ -5,6 +5,7 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 
 import re
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -60,9 +61,10 @@ def _zone(name: str) -> str:
 def _rate(value: Any) -> float | Literal["auto"]:
     if value == "auto":
         return "auto"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
-    return float(value)
+    with suppress(TypeError, ValueError):  # YAML takes 1e-3 for a text
+        if not isinstance(value, bool) and (rate := float(value)) > 0:
+            return rate
+    raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
 
 
 Rate = Annotated[

@@ -492,6 +492,7 @@ def test_an_option_that_is_not_used_stands_in_no_file() -> None:
         "network", "ranks", "max_epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "patience",
         "checkpoint_every", "max_restarts", "hang_after", "skip_bad_batches",
     ))  # fmt: skip
+    assert Train(learning_rate="1e-3") == Train(learning_rate=0.001) and Train().model_dump()["learning_rate"] == 0.003
     used = Train(ema=0.9, accumulate_grad_batches=2)
     assert Train.model_validate(used.model_dump(mode="json")) == used
     assert {"ema", "accumulate_grad_batches"} < set(used.model_dump(exclude={"ranks"}))
