@@ -62,7 +62,7 @@ def _rate(value: Any) -> float | Literal["auto"]:
     if value == "auto":
         return "auto"
     with suppress(TypeError, ValueError):  # YAML takes 1e-3 for a text
-        if not isinstance(value, bool) and (rate := float(value)) > 0:
+        if not isinstance(value, bool) and 0 < (rate := float(value)) < float("inf"):
             return rate
     raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
 
@@ -497,7 +497,7 @@ class Train(Model):
         "auto", description="how several ranks share the work: each has all weights (ddp, auto), or a part of them (fsdp)"
     )
     max_epochs: int = Field(4, ge=1)
-    batch_size: int = Field(512, ge=2, description="rows per optimiser step over all ranks")
+    batch_size: int = Field(512, ge=2, description="rows of a batch over all ranks")
     learning_rate: Rate = Field(3e-3, description="auto: found by a range test of 100 steps when the job begins")
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")

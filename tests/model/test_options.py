@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from models.arrays import Arrays, epoch_shape, write_arrays
 from models.calibrate import sigmoid
 from models.custom import build, load_class
 from models.data import Loader, resident
-from models.elastic import Zygote, launch, start_zygote
+from models.elastic import Zygote, launch, start_zygote, submit
 from models.evaluate import log_loss
 from models.find_rate import find_rate, found_rate
 from models.job import Job
@@ -33,8 +34,8 @@ from pipelines.manifest import read_json, write_json
 from pipelines.spec import Train, find_pipeline
 from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
-from tests.model.test_supervisor import UNRULY, poisoned, record
-from tests.model.test_training import assert_same, job, newest_step, run, strike, weights
+from tests.model.test_supervisor import UNRULY, poisoned, reached, record
+from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
 
 AGAIN = "train.gradient_checkpointing=true"
 QUIET = "train.network.dropout=0.0"
@@ -435,7 +436,7 @@ def test_another_number_of_ranks_resumes_what_fsdp_has_left(
         (tmp_path / name / "unruly.py").write_text(code)
     calm = run(unruly, tmp_path / "calm", wanted)
     run(unruly, tmp_path / "moved", wanted, ranks=first)
-    reached = newest_step(tmp_path / "moved")
+    left = newest_step(tmp_path / "moved")
     for name in ("result.json", "network.safetensors"):
         (tmp_path / "moved" / name).unlink()
     moved = run(unruly, tmp_path / "moved", wanted, ranks=then)
@@ -444,7 +445,21 @@ def test_another_number_of_ranks_resumes_what_fsdp_has_left(
     seen = {path.name: list(map(int, path.read_text().split())) for path in (tmp_path / "moved").glob("held-*")}
     assert seen["held-2-0"][0] == seen["held-2-1"][0] == seen["held-1-0"][0] // 2
     steps = epoch_shape(2_400, 64, 1).steps
-    assert seen[f"held-{then}-0"][1] == 2 * steps > reached > steps
+    assert seen[f"held-{then}-0"][1] == 2 * steps > left > steps
+
+
+@pytest.mark.slow
+def test_sigterm_gathers_what_fsdp_has_spread(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    mortal, wanted = Zygote(), job(arrays, *FSDP, epochs=30)
+    wanted.prepare(tmp_path)
+    future = submit(tmp_path, ranks=2, max_restarts=3, zygote=mortal)
+    until(lambda: reached(tmp_path) > 10)
+    began = time.monotonic()
+    mortal.process.terminate()
+    assert future.result(timeout=10)["error"] == "training was stopped; run again, it resumes"
+    assert mortal.process.wait(10) == 0 and time.monotonic() - began < 10
+    assert newest_step(tmp_path) == reached(tmp_path) > 10
+    assert not launch(tmp_path, ranks=1, max_restarts=0, zygote=zygote).restarts
 
 
 @pytest.mark.slow
