@@ -25,7 +25,7 @@ from pipelines.manifest import (
 from pipelines.spec import Spec
 
 SOURCES = (
-    *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec")),
+    *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "score")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),

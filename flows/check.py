@@ -46,6 +46,13 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
             resolve(function.call)
         except UsageError as error:
             problems.append(str(error))
+    if spec.train.module:
+        from models.custom import load_class  # torch: seconds
+
+        try:
+            load_class(spec.train)
+        except UsageError as error:
+            problems.append(str(error))
     for name, source in spec.sources.items():
         files = landed_files(home.landing(spec.pipeline) / name)
         if not files:

@@ -50,6 +50,10 @@ class Shape:
     batch: int
     steps: int
 
+    def updates(self, together: int) -> int:
+        """Optimiser steps of an epoch when the gradients of so many batches are added up."""
+        return -(-self.steps // together)
+
 
 def epoch_shape(rows: int, batch_size: int, world: int) -> Shape:
     """The same for every world size that divides the batch. Raises UsageError for one that does not."""

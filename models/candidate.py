@@ -14,7 +14,7 @@ from models.arrays import epoch_shape, write_arrays
 from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
-from models.job import LIBRARIES, Job, Outcome, Progress
+from models.job import LIBRARIES, Job, Outcome, Progress, own_code
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
@@ -37,8 +37,8 @@ def train_candidates(
     data = replace(load_training_set(data_folder), frame={})  # only what models read is kept
     give_back_memory()
     # a run that is taken up with other code or libraries, or rows made by other code, does not resume from what those left
-    work /= digest_of([code_digest("models"), library_versions(*LIBRARIES),
-                       file_digest(data_folder / "frame.parquet")])[:16]  # fmt: skip
+    work /= digest_of([code_digest("models"), library_versions(*LIBRARIES), file_digest(data_folder / "frame.parquet"),
+                       *own_code(spec.train).values()])[:16]  # fmt: skip
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)

@@ -40,10 +40,10 @@ class Loader:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return torch.randperm(len(self.data.label), generator=generator)
 
-    def last_rows(self) -> Tensor:
-        """Which rows the last global batch held, all ranks' together."""
-        begin = (self.position - 1) * self.shape.batch
-        return self._order()[begin : begin + self.shape.batch]
+    def last_rows(self, batches: int = 1) -> Tensor:
+        """Which rows the last global batches held, all ranks' together."""
+        end = self.position * self.shape.batch
+        return self._order()[end - batches * self.shape.batch : end]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

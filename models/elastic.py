@@ -27,6 +27,7 @@ CLOSE_S = 8.0  # what the supervisor has to end in good order
 _RANK_ENV = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",  # no threads before a fork
     "GLOO_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_MODULE_LOADING": "LAZY",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else torch.compile starts processes that outlive a rank
 }  # fmt: skip
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
+from torch import nn
 
 from features.preprocess import Preprocess
 from models.data import Resident
-from models.net import TabularNet
 from pipelines.errors import MillraceError
 
 PARITY = 1e-4  # largest difference of a logit; float32 sums are ordered differently
 
 
-def export_onnx(net: TabularNet, preprocess: Preprocess, rows: Resident, path: Path) -> float:
+def export_onnx(net: nn.Module, preprocess: Preprocess, rows: Resident, path: Path) -> float:
     """Writes the network with a free batch dimension; the largest difference of a logit on `rows`.
 
     Raises MillraceError when it is above PARITY.

@@ -4,6 +4,7 @@
 runs · `timing.json`, `network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from models.beat import Beat
-from pipelines.manifest import read_json, write_json
+from pipelines.manifest import file_digest, read_json, write_json
 from pipelines.spec import Network, Train
 
-NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after")  # fields of Train that change no weight
+NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy")  # fields of Train that change no weight
 LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on
+
+
+def own_code(train: Train) -> dict[str, str]:
+    """Digest of the file that holds the user's own module, if one is named: digests of Millrace's code leave it out."""
+    if train.module is None:
+        return {}
+    try:
+        found = importlib.util.find_spec(train.module.partition(":")[0])
+    except Exception:  # it does not import, and the first rank says so
+        found = None
+    return {"module": file_digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else ""}
 
 
 def share_done(folder: Path) -> float:

@@ -1,58 +1,96 @@
 """The network under Lightning: loss, optimiser, schedule. B rows."""
 
 import math
+from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from models.net import TabularNet
+from models.strategy import shard
 from pipelines.spec import Train
 
 
 class TabularModule(pl.LightningModule):
-    """Binary cross-entropy by AdamW, with a warm-up and a cosine that ends at `steps`."""
+    """Binary cross-entropy by AdamW, with a warm-up and a schedule that ends at `steps`."""
 
-    def __init__(self, net: TabularNet, train: Train, steps: int, seed: int, split: int = 1) -> None:
-        """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same."""
+    def __init__(
+        self, net: nn.Module, train: Train, steps: int, split: int = 1, say: Callable[[str], None] = print
+    ) -> None:  # fmt: skip
+        """`split`: parts that a rank's batch is cut into, so that it needs less memory; the step is the same.
+
+        `say` is told why the network was not compiled.
+        """
         super().__init__()
-        self.net, self.hyper, self.steps, self.seed, self.split = net, train, steps, seed, split
+        self.net, self.hyper, self.steps, self.split, self.say = net, train, steps, split, say
+        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        if train.compile:
+            self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        # dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
         if self.split == 1:
             return self._loss(batch)
+        together = self.hyper.accumulate_grad_batches
         parts = list(zip(*(column.chunk(self.split) for column in batch), strict=True))
         shares = [len(part[2]) / len(batch[2]) for part in parts]
-        self.zero_grad()
+        if index % together == 0:
+            self.zero_grad()
         before = 0.0
         for part, share in zip(parts[:-1], shares[:-1], strict=True):
             loss = self._loss(part) * share
-            loss.backward()  # within DDP's forward it only adds up; the last part is reduced
             before += float(loss.detach())
+            loss = self.trainer.precision_plugin.pre_backward(loss, self)
+            (loss / together).backward()  # within DDP's forward it only adds up; the last part is reduced
         last = self._loss(parts[-1]) * shares[-1]
         return last + before
 
     def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         scaled_BX, codes_BC, label_B = batch
-        return binary_cross_entropy_with_logits(self.net(scaled_BX, codes_BC), label_B)
+        return binary_cross_entropy_with_logits(self._logits(scaled_BX, codes_BC).float(), label_B)
+
+    def _logits(self, scaled_BX: Tensor, codes_BC: Tensor) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(scaled_BX, codes_BC)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, a graph that it cannot take, a disk that is full
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.say(f"train.compile was not used ({why[:300]}); training goes on without it")
+                self.compiled = None
+        logit: Tensor = self.net(scaled_BX, codes_BC)
+        return logit
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         if self.split == 1:  # else Lightning would drop what the first parts have added
             optimizer.zero_grad()
 
     def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
+        fused = self.hyper.precision != "16-mixed"  # a fused one would undo the scaling itself, after clipping
+        assert self.hyper.learning_rate != "auto"
         optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=True
+            self.net.parameters(), lr=self.hyper.learning_rate, weight_decay=self.hyper.weight_decay, fused=fused
         )
-        warm = max(1, round(self.hyper.warmup * self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        schedule, warm = self.hyper.schedule, max(1, round(self.hyper.warmup * self.steps))
+        if schedule == "onecycle":
+            rise = self.hyper.warmup if self.hyper.warmup * self.steps > 1 else 0.0  # it divides by 0 where one step rises
+            return OneCycleLR(optimizer, optimizer.defaults["lr"], self.steps, pct_start=rise)
 
         def factor(step: int) -> float:
             if step < warm:
                 return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            if schedule == "constant":
+                return 1.0
+            left = max(1, self.steps - warm)
+            return 1 - (step - warm) / left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (step - warm) / left))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return LambdaLR(optimizer, factor)

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from features.preprocess import Preprocess
 from pipelines.spec import Network
@@ -20,6 +21,7 @@ class TabularNet(nn.Module):
     def __init__(self, numbers: int, flags: int, categories: tuple[int, ...], network: Network) -> None:
         super().__init__()
         self.numbers = numbers
+        self.recompute = False  # hidden layers in the backward pass, so that their activations need not be kept
         self.embeddings = nn.ModuleList(nn.Embedding(size, network.embedding) for size in categories)
         periodic = numbers * network.frequencies > 0
         initial = network.sigma * torch.randn(numbers, network.frequencies)
@@ -39,7 +41,11 @@ class TabularNet(nn.Module):
             angle = angle_BFK.flatten(1)
             inputs += [angle.sin(), angle.cos()]
         inputs += [embed(codes[:, i]) for i, embed in enumerate(self.embeddings)]
-        logit: Tensor = self.mlp(torch.cat(inputs, 1))
+        hidden, done = torch.cat(inputs, 1), 0
+        if self.recompute and self.training:
+            for done in range(3, len(self.mlp), 3):
+                hidden = checkpoint(self.mlp[done - 3 : done], hidden, use_reentrant=False)
+        logit: Tensor = self.mlp[done:](hidden) if done else self.mlp(hidden)
         return logit.squeeze(1)
 
 

@@ -4,13 +4,13 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,22 +20,24 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import registry
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models.arrays import Arrays, epoch_shape
+from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
-from models.checkpoints import CheckpointIO, Writer, newest, snapshot
+from models.checkpoints import Writer, newest, snapshot
+from models.custom import build, check_logits
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
-from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity
+from models.find_rate import find_rate, found_rate
+from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
-from models.net import TabularNet, build_net
+from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
-
-HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, if the supervisor has not seen it
+from pipelines.spec import Train
 
 
 def main(folder: Path) -> None:
@@ -53,37 +55,55 @@ def main(folder: Path) -> None:
     shape = epoch_shape(len(rows.label), job.train.batch_size, world)
     if split > shape.batch // world:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
-    net = build_net(arrays.preprocess, job.network, job.seed)
-    module = TabularModule(net, job.train, shape.steps * job.max_epochs, job.seed, split)
+    steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
     loader = Loader(rows, shape, job.seed, rank, world)
-    keeper = Keeper(job, folder, valid, loader)
-    trainer = pl.Trainer(
-        accelerator=job.accelerator, devices=world if world > 1 else 1, strategy=_strategy(world, job.accelerator),
-        max_epochs=job.max_epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, callbacks=[keeper],
-        log_every_n_steps=10**6, plugins=[CheckpointIO()],
-    )  # fmt: skip
+    net = build(job.train, arrays.preprocess, job.seed, steps)
+    keeper = Keeper(job, folder, valid, loader, steps, net)
+    if job.train.module is not None:
+        check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
+    module = _module(net, _with_rate(job, folder, arrays, loader, keeper), steps, split, keeper)
+    trainer = trainer_of(job, world, keeper)
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
-    trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=True)
+    # a user's own module may keep hyper-parameters of any type in the checkpoint
+    trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=job.train.module is None)
     keeper.beat(END)
     if rank == 0:
         if not keeper.mine():
             raise MillraceError("another job was prepared in this folder")
         keeper.leave()
-        _leave(job, folder, keeper, net, arrays)
+        _leave(job, folder, keeper, arrays)
+
+
+def _with_rate(job: Job, folder: Path, arrays: Arrays, loader: Loader, keeper: "Keeper") -> Train:
+    """The training settings with a number as learning rate."""
+    train = job.train
+    if train.learning_rate != "auto":
+        return train
+
+    def find() -> float:
+        whole = Loader(loader.data, loader.shape, job.seed, 0, 1)
+        return find_rate(build(train, arrays.preprocess, job.seed, keeper.steps), whole, train.weight_decay, keeper.beat)
+
+    rate, now = found_rate(folder, find)
+    if now:
+        keeper.say(f"train.learning_rate auto: {rate:g}, a tenth of that up to which the loss falls")
+    return train.model_copy(update={"learning_rate": rate})
+
+
+def _module(net: nn.Module, train: Train, steps: int, split: int, keeper: "Keeper") -> pl.LightningModule:
+    if not isinstance(net, pl.LightningModule):
+        return TabularModule(net, train, steps, split, keeper.say)
+    if split > 1:
+        raise MillraceError("out of memory; choose a smaller train.batch_size and a larger train.accumulate_grad_batches")
+    return net
 
 
 def quiet() -> None:
     """Library chatter off."""
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-
-
-def _strategy(world: int, accelerator: str) -> Any:
-    if world == 1:
-        return "auto" if accelerator != "cpu" else SingleDeviceStrategy(device="cpu")
-    return DDPStrategy(process_group_backend="nccl" if accelerator == "gpu" else "gloo", timeout=HANG)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # what was asked for by train.trainer
 
 
 def _no_lightning_signals(trainer: pl.Trainer) -> None:
@@ -95,7 +115,7 @@ def _no_lightning_signals(trainer: pl.Trainer) -> None:
 def origin(job: Job) -> dict[str, Any]:
     """What a checkpoint must share with who reads it."""
     return {"job": identity(job.to_dict()), "code": code_digest("models"),
-            "libraries": library_versions(*LIBRARIES)}  # fmt: skip
+            "libraries": library_versions(*LIBRARIES), **own_code(job.train)}  # fmt: skip
 
 
 def warm_up() -> None:
@@ -142,19 +162,24 @@ class Keeper(pl.Callback):
     """Judges each epoch on valid_fit, keeps the best weights, writes checkpoints, and beats for its rank.
 
     Every rank judges by itself: equal weights give equal figures, so all stop at the same epoch. Rank 0 alone writes:
-    what it holds is what all hold, and the order of rows is no rank's own.
+    what it holds is what all hold, or has been gathered from them, and the order of rows is no rank's own.
     """
 
-    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader) -> None:
+    def __init__(self, job: Job, folder: Path, valid: Resident, loader: Loader, steps: int, net: nn.Module) -> None:
         self.job, self.folder, self.valid, self.loader, self.rank = job, folder, valid, loader, loader.rank
+        self.net = net
+        self.steps, self.together = steps, job.train.accumulate_grad_batches
+        self.sharded = job.train.strategy == "fsdp" and loader.world > 1
         self.curve: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch: int | None = None
-        self.pruned = self.asked = False
+        self.pruned = self.asked = self.bad = False
         self.losses: list[float] = []
         self.skipped, self.stopped = 0, ""
         self.last_finite: tuple[int, float] | None = None  # step and its loss on rank 0
-        self.bad_step = -1
+        self.scaled: list[torch.Tensor] = []  # losses of this step, where a scaler has multiplied them
+        self.average: Average | None = None
+        self.averaged: list[torch.Tensor] | None = None  # as the checkpoint has it
         self.notes: list[str] = []
         self.saved = time.monotonic()
         self.weights: list[torch.nn.Parameter] = []
@@ -200,30 +225,62 @@ class Keeper(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": [asdict(e) for e in self.curve], "best": self.best, "best_epoch": self.best_epoch,
-                "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite}  # fmt: skip
+                "losses": self.losses, "skipped": self.skipped, "last_finite": self.last_finite,
+                "average": self.average.state() if self.average else None}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = [Epoch(**e) for e in state_dict["curve"]]
-        self.best, self.best_epoch, self.losses, self.skipped, self.last_finite = (
-            state_dict[k] for k in ("best", "best_epoch", "losses", "skipped", "last_finite")
+        self.best, self.best_epoch, self.losses, self.skipped, self.last_finite, self.averaged = (
+            state_dict[k] for k in ("best", "best_epoch", "losses", "skipped", "last_finite", "average")
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if len(trainer.optimizers) != 1 or not module.automatic_optimization:
+            raise MillraceError(
+                f"train.module {self.job.train.module!r}: training resumes exactly with one optimiser that Lightning steps; "
+                "return one from configure_optimizers, and the loss from training_step"
+            )
         self.clock.start()
         self.weights = list(module.parameters())
-        self.beat(step=trainer.global_step, steps=self.loader.shape.steps * self.job.max_epochs)
+        if self.job.train.ema is not None or self.job.train.swa is not None:
+            self.average = Average(self.weights)
+            if self.averaged is not None:
+                self.average.load(self.averaged)
+        self.beat(step=trainer.global_step, steps=self.steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
 
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew."""
+        draw = trainer.global_step * self.together + batch_idx % self.together
+        seed = (self.job.seed * 1_000_003 + draw) * 1_009 + trainer.global_rank
+        torch.manual_seed(seed)
+        if self.job.train.module is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if self.job.train.precision == "16-mixed":
+            self.scaled.append(loss.detach())
+
+    def _too_large_for_float16(self, trainer: pl.Trainer) -> bool:
+        """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
+        if not self.scaled or trainer.precision_plugin.scaler.get_scale() < 1:  # type: ignore[attr-defined]
+            return False
+        loss_finite = torch.stack(self.scaled).isfinite().all().float()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loss_finite, torch.distributed.ReduceOp.MIN)
+        return bool(loss_finite)
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
-        sums = [p.grad.sum() for p in self.weights if p.grad is not None]  # a norm would cost five times as much
-        if not sums or math.isfinite(float(torch.stack(sums).sum())):
+        if finite(p.grad for p in self.weights if p.grad is not None) or self._too_large_for_float16(trainer):
             return
-        assert isinstance(module, TabularModule)
-        step, self.bad_step = trainer.global_step + 1, trainer.global_step
-        where = f"step {step} (epoch {self.loader.epoch + 1}, batch {self.loader.position}): {self._bad_rows(module.net)}"
+        self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
+        del self.losses[len(self.losses) - before :]
+        where = f"step {trainer.global_step + 1} (epoch {self.loader.epoch + 1}, batch {self.loader.position})"
+        where += f": {self._bad_rows(before + 1)}"
         for p in self.weights:
             p.grad = None  # the optimiser leaves these as they are
         self.skipped += 1
@@ -234,10 +291,10 @@ class Keeper(pl.Callback):
         self.stopped = f"loss not finite at {where}; last finite: {last}"
         trainer.should_stop = True
 
-    def _bad_rows(self, net: TabularNet) -> str:
-        rows = self.loader.last_rows()
+    def _bad_rows(self, batches: int) -> str:
+        rows = self.loader.last_rows(batches)
         scaled, codes, label = self.loader.data.take(rows)
-        bad = ~np.isfinite(logits(net, Resident(scaled, codes, label)))
+        bad = ~np.isfinite(logits(self.net, Resident(scaled, codes, label)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
         if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"
@@ -246,22 +303,35 @@ class Keeper(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         step = trainer.global_step
-        if self.bad_step != step - 1:
+        if not self.bad and outputs:  # a user's own training_step may return no loss, to leave a batch out
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
+        self.bad = False
         self.beat(STEPS, step)
         self.clock.step(writing=self.writer.busy)
+        if not trainer.is_last_batch and self.loader.position % self.together:
+            return  # the gradients of a step that is not whole are in no checkpoint
+        self.scaled.clear()
+        if self.average is not None:
+            self.average.update(share_of_newest(self.job.train, step, self.steps))
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
-        if self.rank == 0 and not trainer.is_last_batch and not self.stopped:
+        if (self.rank == 0 or self.sharded) and not trainer.is_last_batch and not self.stopped:
             self._keep(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
         now = time.monotonic()
         due = now - self.saved >= self.job.train.checkpoint_every / 1e6
-        if not self.asked and (not due or self.writer.busy):
+        wanted = self.asked or (due and not self.writer.busy)
+        if self.sharded:  # all ranks take part in it when rank 0 wants one
+            told = torch.tensor(float(wanted), device=trainer.strategy.root_device)
+            torch.distributed.broadcast(told, 0)
+            wanted = bool(told)
+        if not wanted:
             return
-        state = snapshot(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        self.writer.begin(trainer.global_step, state)
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if self.rank != 0:
+            return
+        self.writer.begin(trainer.global_step, snapshot(state))
         self.saved = time.monotonic()
         self.clock.stalled(self.saved - now)
         if self.asked:
@@ -275,17 +345,10 @@ class Keeper(pl.Callback):
         write_json(self.folder / "timing.json", self.clock.figures())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, TabularModule)
         if self.stopped:
             return
-        epoch = self._judge(module.net)
-        self.curve.append(epoch)
-        better = self.best_epoch is None or (
-            epoch.log_loss is not None and epoch.log_loss < (self.curve[self.best_epoch - 1].log_loss or float("inf"))
-        )
-        if epoch.log_loss is not None and better:
-            self.best_epoch = epoch.epoch
-            self.best = {k: v.detach().cpu().clone() for k, v in module.net.state_dict().items()}
+        with self.average.applied() if self.average else nullcontext():
+            epoch = self._learned()
         if self.rank == 0:
             lines = [json.dumps(asdict(e)) + "\n" for e in self.curve]
             with suppress(OSError):  # a disk that is full; the curve is also in the checkpoint
@@ -294,13 +357,28 @@ class Keeper(pl.Callback):
         tired = epoch.epoch - (self.best_epoch or 0) >= self.job.train.patience
         trainer.should_stop = self.pruned or tired
 
+    def _learned(self) -> Epoch:
+        """The epoch judged; its weights are kept when they are the best so far."""
+        if self.loader.world > 1:
+            for buffer in self.net.buffers():  # such as means of a BatchNorm: each rank has those of its rows
+                torch.distributed.broadcast(buffer, 0)
+        epoch = self._judge()
+        self.curve.append(epoch)
+        better = self.best_epoch is None or (
+            epoch.log_loss is not None and epoch.log_loss < (self.curve[self.best_epoch - 1].log_loss or float("inf"))
+        )
+        if epoch.log_loss is not None and better:
+            self.best_epoch = epoch.epoch
+            self.best = {k: whole(v.detach()).cpu().clone() for k, v in self.net.state_dict().items()}
+        return epoch
+
     def _above(self, epoch: Epoch) -> bool:
         limits = self.job.prune_above
         limit = limits[epoch.epoch - 1] if epoch.epoch <= len(limits) else None
         return epoch.log_loss is None or (limit is not None and epoch.log_loss > limit)
 
-    def _judge(self, net: TabularNet) -> Epoch:
-        logit = logits(net, self.valid, self.beat)
+    def _judge(self) -> Epoch:
+        logit = logits(self.net, self.valid, self.beat)
         self.beat()
         label = self.valid.label.numpy().astype(np.float64)
         loss, self.losses = float(np.mean(self.losses)) if self.losses else float("nan"), []
@@ -311,7 +389,7 @@ class Keeper(pl.Callback):
         return Epoch(len(self.curve) + 1, mean, log_loss(label, p), auc(label, p))
 
 
-def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
+def logits(net: nn.Module, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
     """Logits of rows without dropout, float64; `beat` is told of every chunk."""
     was, device = net.training, next(net.parameters()).device
     net.eval()
@@ -325,14 +403,19 @@ def logits(net: TabularNet, rows: Resident, beat: Beat | None = None, chunk: int
     return torch.cat(parts).numpy().astype(np.float64)
 
 
-def _leave(job: Job, folder: Path, keeper: Keeper, net: TabularNet, arrays: Arrays) -> None:
+def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:
+    net = build(job.train, arrays.preprocess, job.seed, keeper.steps)
     if job.export and keeper.best and not keeper.stopped:
         from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
 
         save_weights(keeper.best, folder / "network.safetensors")
-        net = net.cpu()
         net.load_state_dict(load_file(folder / "network.safetensors"))
-        export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
+        try:
+            export_onnx(net, arrays.preprocess, resident(arrays, "valid_fit", 512), folder / "network.onnx")
+        except Exception as error:
+            if job.train.module is None:
+                raise
+            raise MillraceError(f"train.module {job.train.module!r} cannot be exported to ONNX: {error}") from error
     parameters = sum(p.numel() for p in net.parameters())
     Result(tuple(keeper.curve), keeper.best_epoch, keeper.pruned, parameters, keeper.stopped).save(folder)
 

@@ -5,6 +5,7 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 
 import re
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,14 +19,17 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from pipelines.clock import duration_text, duration_us
 from pipelines.errors import UsageError, nearest
+from pipelines.trainer import refused
 
 HERE = Path(__file__).parent
 _DURATION_SCHEMA = {"type": "string", "pattern": r"^-?\d+(us|ms|s|m|h|d)$", "examples": ["60m", "1h", "30d"]}
@@ -54,6 +58,19 @@ def _zone(name: str) -> str:
         raise ValueError(f"no time zone is named {name!r}{nearest(name, known)}: write one such as America/New_York") from None
 
 
+def _rate(value: Any) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    with suppress(TypeError, ValueError):  # YAML takes 1e-3 for a text
+        if not isinstance(value, bool) and 0 < (rate := float(value)) < float("inf"):
+            return rate
+    raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
+
+
+Rate = Annotated[
+    float | Literal["auto"], BeforeValidator(_rate),
+    WithJsonSchema({"anyOf": [{"exclusiveMinimum": 0, "type": "number"}, {"const": "auto"}]}),
+]  # fmt: skip
 Length = Annotated[Duration, AfterValidator(_above_zero)]
 Delay = Annotated[Duration, AfterValidator(_not_below_zero)]
 Zone = Annotated[str, AfterValidator(_zone)]
@@ -472,12 +489,42 @@ class Train(Model):
     """Training of the network, by PyTorch Lightning."""
 
     network: Network = Network()
+    module: str | None = Field(
+        None, description="package.module:Class of your own network or LightningModule, in place of Millrace's network"
+    )
     ranks: int | Literal["auto"] = Field("auto", description="processes; auto: one per GPU, else 1")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="how several ranks share the work: each has all weights (ddp, auto), or a part of them (fsdp)"
+    )
     max_epochs: int = Field(4, ge=1)
-    batch_size: int = Field(512, ge=2, description="rows per optimiser step over all ranks")
-    learning_rate: float = Field(3e-3, gt=0)
+    batch_size: int = Field(512, ge=2, description="rows of a batch over all ranks")
+    learning_rate: Rate = Field(3e-3, description="auto: found by a range test of 100 steps when the job begins")
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant", "onecycle"] = Field(
+        "cosine", description="learning rate after the warm-up: falls to 0 by a cosine or a line, stays, or PyTorch's OneCycleLR"
+    )
+    accumulate_grad_batches: int = Field(1, ge=1, description="batches whose gradients are added up to one optimiser step")
+    gradient_clip_val: float | None = Field(None, gt=0, description="largest gradient; default: it is not clipped")
+    gradient_clip_algorithm: Literal["norm", "value"] = Field(
+        "norm", description="what gradient_clip_val limits: the norm of the whole gradient, or each of its numbers"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="weights judged and shipped are a moving average that keeps this share at each step"
+    )
+    swa: float | None = Field(
+        None, gt=0, le=1, description="weights judged and shipped are the mean over this last share of the steps"
+    )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "fp8"] = Field(
+        "32-true", description="numbers that are multiplied; weights and judgement are float32 in any case"
+    )
+    trainer: dict[str, bool | int | float | str] = Field(
+        {}, description="options of Lightning's Trainer under their own names, of those that Millrace does not own"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activation of a hidden layer for the backward pass but compute it again: less memory"
+    )
+    compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -490,6 +537,51 @@ class Train(Model):
     skip_bad_batches: int = Field(
         0, ge=0, description="batches with a loss or gradient that is not finite to leave out before training stops"
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _known(cls, strategy: Any) -> Any:
+        if str(strategy).startswith("deepspeed"):
+            raise ValueError("deepspeed is not built in; fsdp spreads weights, gradients and optimiser as its stage 3 does")
+        return strategy
+
+    @field_validator("module")
+    @classmethod
+    def _named(cls, module: str | None) -> str | None:
+        if module is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", module):
+            raise ValueError(f"{module!r} names no class: write package.module:Class")
+        return module
+
+    @field_validator("trainer")
+    @classmethod
+    def _not_owned(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        if wrong := refused(options):
+            raise ValueError("; ".join(wrong))
+        return options
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Train":
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError("strategy fsdp has no scaler for precision 16-mixed: choose bf16-mixed or 32-true")
+        if self.module is not None and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is for Millrace's network: call torch.utils.checkpoint in your own module")
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("ema and swa both average the weights: give one of them")
+        if self.gradient_clip_val is None and self.gradient_clip_algorithm != "norm":
+            raise ValueError("gradient_clip_algorithm clips nothing by itself: give gradient_clip_val too")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options that are not used stand in no digest: jobs and releases from before they existed keep their names."""
+        used = {k for k, field in type(self).model_fields.items() if getattr(self, k) != field.default}
+        return {k: v for k, v in dump(self).items() if k not in _OPTIONS or k in used}
+
+
+_OPTIONS = frozenset({
+    "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
+    "strategy", "trainer", "module", "gradient_checkpointing",
+})  # fmt: skip
 
 
 class Tune(Model):

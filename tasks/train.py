@@ -1,13 +1,16 @@
 """Stage 6: the network on N ranks, LightGBM on the same rows, calibration and choice on valid_select."""
 
 from models.candidate import train_candidates
+from models.job import own_code
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
 from tasks.policy import bar, opened, stage, stage_key
 
 
 def _key(run: Run, data: Artifact, study: Artifact) -> str:
-    return stage_key(run, "models", "train", data=data.digest, study=study.digest, spec=run.spec_digest)
+    _, spec = opened(run)
+    return stage_key(run, "models", "train", data=data.digest, study=study.digest, spec=run.spec_digest,
+                     **own_code(spec.train))  # fmt: skip
 
 
 @stage(key=_key, tags=["model"], timeout_s=24 * 3_600)

@@ -1,5 +1,6 @@
 """Stage 5: generations of pruned, resumable trials on valid_fit."""
 
+from models.job import own_code
 from models.tune import tune_into
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
@@ -7,7 +8,8 @@ from tasks.policy import bar, opened, stage, stage_key
 
 
 def _key(run: Run, data: Artifact) -> str:
-    return stage_key(run, "models", "tune", data=data.digest, spec=run.spec_digest)
+    _, spec = opened(run)
+    return stage_key(run, "models", "tune", data=data.digest, spec=run.spec_digest, **own_code(spec.train))
 
 
 @stage(key=_key, tags=["model"], timeout_s=6 * 3_600)

@@ -30,7 +30,9 @@ KINDS = (
     "endpoint: never 5xx, never a stack trace",
     "training: a corrupt newest checkpoint", "training: a disk that is full while a checkpoint is written",
     "training: a checkpoint of another spec, code or library", "training: a loss that is not finite",
-    "training: a rank that hangs, is stopped, or keeps failing", "training: out of memory", "training: SIGTERM",
+    "training: a rank that hangs, is stopped, or keeps failing", "training: out of memory",
+    "training: options that do not exist or do not fit together", "training: fp8 without the hardware, no compiler",
+    "training: a module path that does not import, a module that cannot be trained", "training: SIGTERM",
 )  # fmt: skip
 
 
