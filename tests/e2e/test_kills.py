@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from deploy.process import free_port
 from pipelines.home import Home
 from pipelines.manifest import ROOT
 from pipelines.sample import land
 from pipelines.spec import load_spec
+from tests.command import millrace
 
 # the demo pipeline cut to 20 days of training rows
 CUT = (
@@ -38,8 +42,8 @@ def _env(home: Path) -> dict[str, str]:
     return {**os.environ, "MILLRACE_HOME": str(home), "TZ": "UTC"}
 
 
-def _run(home: Path) -> dict[str, object]:
-    done = subprocess.run(_command(), env=_env(home), cwd=ROOT, capture_output=True, text=True, timeout=400)
+def _run(home: Path, *extra: str) -> dict[str, object]:
+    done = subprocess.run(_command(*extra), env=_env(home), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, 3), done.stderr[-2000:]
     found: dict[str, object] = json.loads(done.stdout)
     return found
@@ -136,37 +140,46 @@ def test_killed_between_pointer_and_manifest(
     assert result["outcome"] == "promoted"
 
 
-def _kill_ranks(process: subprocess.Popen[str]) -> int:
-    """kill -9 of a random rank of whatever trains, again and again until the run ends; how many were hit."""
+def _kill_ranks(home: Path, over: Callable[[], bool]) -> int:
+    """kill -9 of a random rank of whatever trains in a home, twelve times or until it is over; how many were hit."""
     rng, hit = random.Random(3), 0
-    while process.poll() is None:
+    while not over():
         with suppress(psutil.Error):
-            family = psutil.Process(process.pid).children(recursive=True)
-            supervisors = {p.pid for p in family if "models.supervisor" in p.cmdline()}
-            ranks = [p for p in family if p.ppid() in supervisors]
-            if ranks:
+            training = [p for p in psutil.process_iter(["cmdline", "environ"]) if "models.supervisor" in (p.info["cmdline"] or ())
+                        and (p.info["environ"] or {}).get("MILLRACE_HOME") == str(home)]  # fmt: skip
+            if hit < 12 and (ranks := [p for p in training if p.ppid() in {other.pid for other in training}]):
                 time.sleep(rng.uniform(0.3, 1.5))
                 rng.choice(ranks).kill()
                 hit += 1
-        time.sleep(0.05)
+        time.sleep(0.1)
     return hit
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
-def test_the_same_digest_on_two_ranks_that_are_killed_all_the_time(undisturbed_home: Path, tmp_path: Path) -> None:
+def test_a_worker_s_run_on_two_ranks_that_are_killed_again_and_again(undisturbed_home: Path, tmp_path: Path) -> None:
+    """The same digest as that of an undisturbed run of the command line."""
     sets = ("train.ranks=2", "train.max_epochs=8", "train.patience=8", "train.max_restarts=1000", "train.checkpoint_every=500ms")
-    found = {}
-    for name in ("calm", "hit"):
-        _stages_of(undisturbed_home, tmp_path / name)
-        process = subprocess.Popen(
-            _command(*sets), env=_env(tmp_path / name), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        hits = _kill_ranks(process) if name == "hit" else 0
-        out, err = process.communicate(timeout=900)
-        assert process.returncode in (0, 3), err[-2000:]
-        found[name] = json.loads(out)
-    assert hits >= 3 and found["hit"]["result_digest"] == found["calm"]["result_digest"]
-    manifest = json.loads(next((tmp_path / "hit").glob("runs/flights_demo/*/manifest.json")).read_text())
-    assert manifest["training"]["ranks"] == 2 and manifest["training"]["restarts"]
+    calm, hit = tmp_path / "calm", tmp_path / "hit"
+    for home in (calm, hit):
+        _stages_of(undisturbed_home, home)
+    undisturbed = _run(calm, *sets)
+    port = free_port()
+    assert millrace(hit, "up", "--port", str(port), PREFECT_WORKER_QUERY_SECONDS="1").code == 0
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as api:
+            deployment = api.get("/deployments/name/retrain/retrain-flights").json()["id"]
+            parameters = {"pipeline": "flights_demo", "overrides": [*CUT, *sets]}
+            run = api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters}).json()["id"]
+
+            def state() -> str:
+                return str(api.get(f"/flow_runs/{run}").json()["state"]["type"])
+
+            hits = _kill_ranks(hit, lambda: state() not in ("SCHEDULED", "PENDING", "RUNNING"))
+            assert state() == "COMPLETED", [log["message"] for log in api.post("/logs/filter", json={"limit": 50}).json()]
+    finally:
+        millrace(hit, "down")
+    manifest = json.loads(next(hit.glob("runs/flights_demo/*/manifest.json")).read_text())
+    assert hits >= 3 and manifest["training"]["restarts"] and not manifest["training"]["notes"]
+    assert manifest["training"]["ranks"] == 2 and manifest["result_digest"] == undisturbed["result_digest"]
     assert all("died of signal 9" in reason for reason in manifest["training"]["restarts"])
