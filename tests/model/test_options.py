@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.arrays import Arrays, epoch_shape, write_arrays
 from models.calibrate import sigmoid
 from models.custom import build, load_class
 from models.data import Loader, resident
-from models.elastic import Zygote, launch, start_zygote, submit
+from models.elastic import Zygote, launch, submit
 from models.evaluate import log_loss
 from models.find_rate import find_rate, found_rate
 from models.job import Job
@@ -30,7 +31,7 @@ from models.net import build_net
 from models.score import NetworkScorer
 from pipelines.errors import MillraceError, UsageError
 from pipelines.home import open_home
-from pipelines.manifest import read_json, write_json
+from pipelines.manifest import ROOT, read_json, write_json
 from pipelines.spec import Train, find_pipeline
 from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
@@ -42,8 +43,13 @@ QUIET = "train.network.dropout=0.0"
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Zygote:
-    return start_zygote()
+def zygote() -> Iterator[Zygote]:
+    """One that finds modules of the tests, as a user's PYTHONPATH would have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        made = Zygote()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
