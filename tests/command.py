@@ -14,6 +14,7 @@ from pipelines.manifest import ROOT
 # the tumours pipeline with less work
 QUICK = (
     "tune.generations=1", "tune.max_epochs=2", "train.max_epochs=8", "gbdt.max_rounds=40", "gate.resamples=50",
+    "serve.latency_budget=5s",
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_demo(tmp_path: Path) -> None:
 def test_skew(tmp_path: Path) -> None:
     figures = run("skew", tmp_path)["figures"]
     assert figures["cells"] > 0 and figures["skewed_cells"] == figures["replayed_skewed_cells"] == figures["unknown_rows"] == 0
-    assert figures["clock_hours"] >= 3 and figures["clock_hours_without_events"] >= 1 and figures["feeds"] > 2
+    assert figures["clock_hours"] >= 3 and figures["clock_hours_without_events"] > 0.5 and figures["feeds"] > 2
     assert figures["window_cells_not_null"] >= 0.8 and figures["window_cells_changed"] >= 0.25
     assert figures["oracle_requests"] > 0 and figures["oracle_differences"] == 0
     assert len(figures["planted_found"]) == 8 and all(figures["planted_found"].values())
