@@ -257,6 +257,7 @@ print(filled(open_home(), sys.argv[1], NOON - 4 * DAY_US, NOON).path)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_backfill_goes_on_with_the_part_that_it_was_at(buses: Buses, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     shutil.copytree(buses.home.root, home.root)
