@@ -17,7 +17,7 @@ import pytest
 
 from models.arrays import write_arrays
 from models.candidate import train_candidates
-from models.elastic import Zygote, launch, start_zygote, submit
+from models.elastic import Zygote, launch, submit
 from models.evaluate import evaluate
 from models.tune import tune_into
 from pipelines.errors import MillraceError
@@ -38,11 +38,6 @@ from models.tune import tune_into
 from tests.model.small import small_spec
 tune_into(small_spec(*sys.argv[4:]), *map(Path, sys.argv[1:4]))
 """
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Zygote:
-    return start_zygote()
 
 
 @pytest.fixture(scope="module")

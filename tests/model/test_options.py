@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from flows.check import check_pipeline
-from models.arrays import Arrays, epoch_shape, write_arrays
+from models.arrays import Arrays, epoch_shape
 from models.calibrate import sigmoid
 from models.custom import build, load_class
 from models.data import Loader, resident
@@ -35,7 +35,7 @@ from pipelines.manifest import ROOT, read_json, write_json
 from pipelines.spec import Train, find_pipeline
 from pipelines.trainer import OWNED, PASSED
 from tests.model.small import small_spec, write_small
-from tests.model.test_supervisor import UNRULY, poisoned, reached, record
+from tests.model.test_supervisor import poisoned, reached, record
 from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
 
 AGAIN = "train.gradient_checkpointing=true"
@@ -50,17 +50,6 @@ def zygote() -> Iterator[Zygote]:
         made = Zygote()
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def unruly() -> Zygote:
-    return Zygote(("-c", UNRULY))
-
-
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return write_arrays(write_small(folder / "set"), folder / "arrays")
 
 
 def by_hand(wanted: Job) -> dict[str, np.ndarray]:

@@ -14,47 +14,14 @@ import psutil
 import pytest
 import torch
 
-from models.arrays import epoch_shape, write_arrays
+from models.arrays import epoch_shape
 from models.beat import STEPS, Beat
 from models.checkpoints import Writer, newest, snapshot, write
-from models.elastic import Zygote, finish, launch, start_zygote, submit
+from models.elastic import Zygote, finish, launch, submit
 from models.supervisor import START_S, _Group, _Rank
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json
-from tests.model.small import write_small
 from tests.model.test_training import assert_same, job, newest_step, run, until, weights
-
-# a supervisor whose ranks run `unruly.py` of their folder after every step, as a user's own callback would
-UNRULY = """
-import os, time
-from pathlib import Path
-import torch
-import models.supervisor, models.train
-models.supervisor.WIDER_S = 1.0
-was = models.train.Keeper.on_train_batch_end
-def end(keeper, trainer, *rest):
-    was(keeper, trainer, *rest)
-    rank, world, generation = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
-    exec((keeper.folder / "unruly.py").read_text(), {**globals(), **locals(), "step": trainer.global_step})
-models.train.Keeper.on_train_batch_end = end
-models.supervisor.serve()
-"""
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Zygote:
-    return start_zygote()
-
-
-@pytest.fixture(scope="module")
-def unruly() -> Zygote:
-    return Zygote(("-c", UNRULY))
-
-
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return write_arrays(write_small(folder / "set"), folder / "arrays")
 
 
 def record(folder: Path) -> tuple[list[str], list[str]]:

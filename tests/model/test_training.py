@@ -14,24 +14,13 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from models.arrays import epoch_shape, write_arrays
+from models.arrays import epoch_shape
 from models.beat import Beat
-from models.elastic import Zygote, launch, start_zygote
+from models.elastic import Zygote, launch
 from models.job import Job, Result
 from pipelines.errors import MillraceError, UsageError
 from pipelines.spec import Train
-from tests.model.small import small_spec, write_small
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Zygote:
-    return start_zygote()  # the one that tuning and training use: imports cost seconds
-
-
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return write_arrays(write_small(folder / "set"), folder / "arrays")
+from tests.model.small import small_spec
 
 
 def job(arrays: Path, *overrides: str, every_us: int = 20_000_000, epochs: int = 3) -> Job:
