@@ -488,6 +488,7 @@ class PostgresCells:
                                                     PRIMARY KEY (store, id));
         CREATE TABLE IF NOT EXISTS millrace_meta (store text PRIMARY KEY, meta jsonb NOT NULL)
     """
+    REPLACE = "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed"
     PLAN = """
         SET plan_cache_mode = force_generic_plan;  -- planning anew costs more than the look itself
         SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off  -- also where it was empty at first
@@ -548,10 +549,7 @@ class PostgresCells:
             if new.whole:
                 db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
                 for some in _batches(new.cells):  # not COPY: it keeps two cores busy where reads want one
-                    db.execute(
-                        "INSERT INTO millrace_cells SELECT %b, * FROM unnest(%b::text[], %b::bytea[], %b::bytea[])",
-                        (self.name, [c[0] for c in some], [c[1].encode() for c in some], [c[2] for c in some]),
-                    )
+                    self._insert(db, some)
             else:
                 for some in _batches(new.cells):
                     gone = [(view, key) for view, key, packed in some if packed is None]
@@ -560,12 +558,7 @@ class PostgresCells:
                         "WHERE c.store = %s AND c.view = w.view AND c.key = w.key",
                         ([view for view, _ in gone], [key.encode() for _, key in gone], self.name),
                     )
-                    held_on = [cell for cell in some if cell[2] is not None]
-                    db.execute(
-                        "INSERT INTO millrace_cells SELECT %s, * FROM unnest(%s::text[], %s::bytea[], %s::bytea[]) "
-                        "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed",
-                        (self.name, [c[0] for c in held_on], [c[1].encode() for c in held_on], [c[2] for c in held_on]),
-                    )
+                    self._insert(db, [cell for cell in some if cell[2] is not None], self.REPLACE)
             fresh, meta = _numbered(new, held, self.seen([e.id for e in new.events]))
             with db.cursor() as cursor:
                 rows = [(self.name, e.number, e.id, e.source, e.row, e.wall_us) for e in fresh]
@@ -578,11 +571,12 @@ class PostgresCells:
     def put(self, view: str, packed: dict[str, bytes], newer: Newer) -> None:
         with self._writing() as db:
             new = _newer(self.get([(view, [*packed])])[0], packed, newer)
-            upsert = (
-                "INSERT INTO millrace_cells SELECT %s, %s, * FROM unnest(%s::bytea[], %s::bytea[]) "
-                "ON CONFLICT (store, view, key) DO UPDATE SET packed = excluded.packed"
-            )
-            db.execute(upsert, (self.name, view, [key.encode() for key in new], [*new.values()]))
+            self._insert(db, [(view, key, rows) for key, rows in new.items()], self.REPLACE)
+
+    def _insert(self, db: Any, cells: Sequence[Change], held: str = "") -> None:
+        """Writes cells by one statement; `held` says what becomes of those that are there."""
+        query = "INSERT INTO millrace_cells SELECT %b, * FROM unnest(%b::text[], %b::bytea[], %b::bytea[]) " + held
+        db.execute(query, (self.name, [c[0] for c in cells], [c[1].encode() for c in cells], [c[2] for c in cells]))
 
     def drop(self, view: str) -> None:
         self._ask("DELETE FROM millrace_cells WHERE store = %s AND view = %s", (self.name, view))
