@@ -192,7 +192,8 @@ class _Group:
             self._again(f"the ranks could not be started: {error}")
 
     def _restart(self, why: str, code: int, steps: int) -> str | None:
-        if self.asked_at is not None and code in (STOPPED, FAILED, *OUTSIDE):  # rank 0 took the others along
+        if self.asked_at is not None and code in (STOPPED, FAILED, -signal.SIGTERM, -signal.SIGSTOP):
+            # rank 0 took the others along
             self.due = time.monotonic()
             self._record()
             return None

@@ -82,8 +82,8 @@ def _with_rate(job: Job, folder: Path, arrays: Arrays, loader: Loader, keeper: "
         return train
 
     def find() -> float:
-        whole = Loader(loader.data, loader.shape, job.seed, 0, 1)
-        return find_rate(build(train, arrays.preprocess, job.seed, keeper.steps), whole, train.weight_decay, keeper.beat)
+        alone = Loader(loader.data, loader.shape, job.seed, 0, 1)  # what all ranks read together
+        return find_rate(build(train, arrays.preprocess, job.seed, keeper.steps), alone, train.weight_decay, keeper.beat)
 
     rate, now = found_rate(folder, find)
     if now:
