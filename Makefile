@@ -5,7 +5,7 @@ export TZ := UTC
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop ui test test-slow test-all lint lock schema bench clean
+.PHONY: help setup demo stop ui test test-slow test-slow-flows test-slow-parts test-all lint lock schema bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,10 +33,15 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 test: setup  ## the everyday tests
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-slow: setup
-	@$(BIN)/python -m pytest -m slow
+test-slow: test-slow-flows test-slow-parts  ## kills, scheduler, full data
 
-test-all: test test-slow  ## every test: also kills, scheduler, full data (with -j 2 both halves at once)
+test-slow-flows: setup
+	@$(BIN)/python -m pytest -m slow tests/e2e
+
+test-slow-parts: setup
+	@$(BIN)/python -m pytest -m slow --ignore tests/e2e
+
+test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of the three parts at once)
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
