@@ -9,6 +9,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -27,6 +28,7 @@ Newer = Callable[[bytes, bytes], bool]  # whether packed rows may replace what i
 FEAST = "feast:"
 LAST = NEVER  # a number that no event has
 KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
+PAUSE_S = 0.005  # at most, of a writer to a server
 PUSHED = "pushed"  # in the meta: number of the last event that the cells know
 
 
@@ -406,7 +408,7 @@ class RedisCells:
         """Writes cells where no reader looks yet."""
         generation: Meta = {"generation": uuid.uuid4().hex}
         views = set()
-        for some in _batches(cells):
+        for some in _giving_way(cells):
             with self.db.pipeline(transaction=False) as pipe:
                 for view, key, packed in some:
                     where = self._hash(generation, view)
@@ -548,10 +550,10 @@ class PostgresCells:
                 return False
             if new.whole:
                 db.execute("DELETE FROM millrace_cells WHERE store = %s AND NOT starts_with(view, %s)", (self.name, FEAST))
-                for some in _batches(new.cells):  # not COPY: it keeps two cores busy where reads want one
+                for some in _giving_way(new.cells):
                     self._insert(db, some)
             else:
-                for some in _batches(new.cells):
+                for some in _giving_way(new.cells):
                     gone = [(view, key) for view, key, packed in some if packed is None]
                     db.execute(
                         "DELETE FROM millrace_cells c USING unnest(%s::text[], %s::bytea[]) AS w(view, key) "
@@ -656,10 +658,20 @@ def _numbered(update: Update, held: Meta, seen: set[str]) -> tuple[list[Event], 
     return numbered, {**update.meta, PUSHED: str(last + len(fresh))}
 
 
-def _batches(cells: Iterable[Change]) -> Iterator[list[Change]]:
+def _batches(cells: Iterable[Change], size: int = 2_000) -> Iterator[list[Change]]:
     found = iter(cells)
-    while some := list(islice(found, 2_000)):
+    while some := list(islice(found, size)):
         yield some
+
+
+def _giving_way(cells: Iterable[Change]) -> Iterator[list[Change]]:
+    """Batches for a server that answers others meanwhile: short ones, and after each a pause of one and a half times what it
+    took, at most PAUSE_S. Without it a read waits for its turn on a core, some milliseconds, where there are few."""
+    began = time.perf_counter()
+    for some in _batches(cells, 200):
+        yield some
+        time.sleep(min(1.5 * (time.perf_counter() - began), PAUSE_S))
+        began = time.perf_counter()
 
 
 def _newer(held: dict[str, bytes], packed: dict[str, bytes], newer: Newer) -> dict[str, bytes]:
