@@ -158,7 +158,10 @@ def check(pipeline: str, overrides: tuple[str, ...]) -> Answer:
 @_set
 def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     """Runs the whole pipeline: from what landed to a verdict and a release."""
+    from deploy.tracking import require
+
     home, spec = open_home(), load_spec(pipeline, overrides)
+    require(spec.tracking)
     _prepared(home)
     with run_lock(home, spec.pipeline):
         pass  # said at once, before anything heavy starts; the flow takes it for itself
@@ -168,6 +171,7 @@ def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     lines = [f"{outcome.outcome}: {outcome.release or 'no champion'} (run {outcome.run_id})"]
     lines += [f"  {reason}" for reason in outcome.reasons]
     lines += [f"report: {report}"] + ([f"result_digest: {outcome.result_digest}"] if outcome.result_digest else [])
+    lines += outcome.tracking
     return {"text": "\n".join(lines), **asdict(outcome), "report": str(report), "exit_code": code}
 
 
@@ -320,10 +324,13 @@ def releases(pipeline: str) -> Answer:
 def rollback(pipeline: str, to: str | None, why: str) -> Answer:
     """Makes an earlier release the champion again."""
     from deploy.rollout import rollback as back
+    from deploy.tracking import mirror
 
-    release = back(open_home(), load_spec(pipeline).pipeline, to=to, why=why)
-    return {"text": f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`",
-            "release": release.release}  # fmt: skip
+    home, spec = open_home(), load_spec(pipeline)
+    release = back(home, spec.pipeline, to=to, why=why)
+    note = mirror(home, spec.pipeline, spec.tracking)
+    text = f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`"
+    return {"text": "\n".join(filter(None, (text, note))), "release": release.release, "note": note}
 
 
 @_verb
