@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.runs import flat
 from pipelines.errors import MillraceError
 from pipelines.home import Home, open_home
 from pipelines.manifest import read_json, write_json
@@ -143,16 +144,7 @@ def _subject(home: Home, pipeline: str, run_id: str) -> Subject:
     spec, inputs = spec_from(folder / "spec.json"), read_json(folder / "inputs.json")
     body = spec.model_dump(mode="json", by_alias=True, include=PARAMS)
     tags = {name: str(inputs[name]) for name in ("as_of", "snapshot", "parent") if inputs.get(name)}
-    return Subject(pipeline, run_id, spec.title, dict(_flat(body)), tags)
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings by their dotted names."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif value not in (None, (), [], {}):
-        yield name, value
+    return Subject(pipeline, run_id, spec.title, dict(flat(body)), tags)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -192,12 +184,12 @@ def _ended(home: Home, folder: Path, manifest: Mapping[str, Any]) -> Ended:
                 for metric, of in gains.items()}  # fmt: skip
     metrics |= {f"rows/{name}": count for name, count in manifest["counts"].items()}
     metrics |= {f"seconds/{cost['stage']}": cost["seconds"] for cost in manifest["stages"]}
-    metrics |= {f"training/{name}": value for name, value in _flat(manifest["training"])}
+    metrics |= {f"training/{name}": value for name, value in flat(manifest["training"])}
     metrics["training/restarts"] = len(manifest["training"]["restarts"])
     for path in sorted(folder.glob("checkpoints/*/network/timing.json"), key=lambda p: p.stat().st_mtime_ns)[-1:]:
-        metrics |= {f"timing/{name}": value for name, value in _flat(read_json(path)) if name != "format_version"}
+        metrics |= {f"timing/{name}": value for name, value in flat(read_json(path)) if name != "format_version"}
     tags = {name: str(manifest[name]) for name in TAGS if manifest[name]}
-    best = {f"best.{name}": value for name, value in _flat(manifest["hyper_parameters"])}
+    best = {f"best.{name}": value for name, value in flat(manifest["hyper_parameters"])}
     model = tuple(p for p in sorted(train.iterdir()) if p.is_file() and p.name not in ("done.json", "page.md"))
     return Ended(best, _numbers(metrics), tags, tuple(folder / name for name in FILES if (folder / name).is_file()), model,
                  manifest["release"] if manifest["outcome"] == "promoted" else "")  # fmt: skip
@@ -205,7 +197,7 @@ def _ended(home: Home, folder: Path, manifest: Mapping[str, Any]) -> Ended:
 
 def main(tracker: str, pipeline: str, run_id: str = "") -> bool:
     """Whether the tracker was told everything."""
-    os.nice(19)  # training comes first
+    os.nice(10)  # training comes first
     home = open_home()
     if run_id:
         follower = Follower(home, tracker, pipeline, run_id)

@@ -26,6 +26,7 @@ from pipelines.spec import TrackerName
 
 LIMIT_S = 15.0  # what a tracker has to take in the end of a run
 FAILING_S = 3.0  # the same, for one that did not answer before
+LOOK_S = 0.1  # between two looks whether a tracker has taken it
 ANSWER_S = 5  # after which a request to an MLflow server fails
 _INSTALL = {"mlflow": "mlflow>=3.17", "tensorboard": "tensorboard>=2.20", "wandb": "wandb>=0.31"}
 _ENV = {
@@ -115,11 +116,12 @@ def settle(home: Home, run: Run) -> tuple[Told, ...]:
     mine = {tracker: process for (folder, tracker), process in _working.items() if folder == str(run.folder(home))}
     for process in mine.values():
         _finish(process)
-    began, told = time.monotonic(), []
+    began, told, allowed = time.monotonic(), [], LIMIT_S
     for tracker, process in mine.items():
         path = run.folder(home) / "tracking" / f"{tracker}.json"
-        allowed = FAILING_S if _state(path).get("state") == "failing" else LIMIT_S
-        code = _wait(process, began + allowed - time.monotonic())
+        while process.poll() is None and time.monotonic() < began + (allowed := _patience(path)):
+            time.sleep(LOOK_S)
+        code = _end(process)
         del _working[str(run.folder(home)), tracker]
         why, at = _why(_state(path), code, f"did not take everything within {allowed:g} s", tracker), ui(home, tracker)
         line = f"{f'{at}: ' if at.startswith('http') else ''}{why}; this run is not there, or not whole" if why else ""
@@ -137,7 +139,9 @@ def mirror(home: Home, pipeline: str, trackers: Sequence[TrackerName]) -> str:
         (folder / f"mirror-{pipeline}.json").unlink(missing_ok=True)
         process = _start(home, "mlflow", [pipeline], folder)
         _finish(process)
-        code = _wait(process, LIMIT_S)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LIMIT_S)
+        code = _end(process)
     except OSError as error:
         return f"mlflow: {error}"
     why = _why(_state(folder / f"mirror-{pipeline}.json"), code, f"no answer within {LIMIT_S:g} s", "mlflow")
@@ -151,18 +155,20 @@ def _finish(process: "subprocess.Popen[bytes]") -> None:
         process.stdin.flush()
 
 
-def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int:
-    """The follower's exit code; one that does not end in time is killed."""
-    try:
-        return process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
+def _patience(path: Path) -> float:
+    """What a follower has to end in, by what it says of its tracker."""
+    return FAILING_S if _state(path).get("state") == "failing" else LIMIT_S
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """The follower's exit code; one that has not ended is killed."""
+    if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
-    finally:
-        if process.stdin is not None:
-            with suppress(OSError):
-                process.stdin.close()
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.close()
+    return process.wait()
 
 
 def _state(path: Path) -> Mapping[str, str]:

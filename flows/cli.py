@@ -319,6 +319,28 @@ def releases(pipeline: str) -> Answer:
 
 @_verb
 @_pipeline
+@click.argument("compare", nargs=-1, metavar="[A B]")
+def runs(pipeline: str, compare: tuple[str, ...]) -> Answer:
+    """The runs of a pipeline, or two of them side by side: names, how they begin, or `champion`."""
+    from deploy.runs import HEAD, list_runs
+
+    home, spec = open_home(), load_spec(pipeline)
+    if len(compare) not in (0, 2):
+        raise UsageError(f"give two runs to compare, or none to list them; found {len(compare)}")
+    if compare:
+        from deploy.compare import compare_runs, words
+
+        found, page = compare_runs(home, spec.pipeline, compare)
+        return {"text": "\n".join((*words(found), f"page: {page}")), "same": found.same, "rows": found.rows, "page": str(page),
+                "gains": {m: asdict(gain) for m, gain in found.gains.items()},
+                "differences": {s: [asdict(d) for d in ds] for s, ds in found.differences.items()}}  # fmt: skip
+    listed = list_runs(home, spec.pipeline)
+    lines = [HEAD, *(run.line for run in listed)] if listed else [f"{spec.pipeline} has no run: type `millrace run {pipeline}`"]
+    return {"text": "\n".join(lines), "runs": [asdict(run) for run in listed]}
+
+
+@_verb
+@_pipeline
 @click.option("--to", help="Release to go back to; default: the one before the champion.")
 @click.option("--why", default="by hand", help="Reason, for the log.")
 def rollback(pipeline: str, to: str | None, why: str) -> Answer:
