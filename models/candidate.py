@@ -42,7 +42,7 @@ def train_candidates(
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)
-    job = Job(str(write_arrays(data, work / "arrays")), apply(spec.train, _params(best, "network")), spec.seed,
+    job = Job(str(write_arrays(data, work / "arrays", spec.train)), apply(spec.train, _params(best, "network")), spec.seed,
               spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
     folder = work / "network"
     job.prepare(folder)

@@ -23,7 +23,7 @@ from lightning_fabric.utilities import registry
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.arrays import Arrays, epoch_shape
+from models.arrays import SHARDS, Arrays, epoch_shape
 from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
@@ -34,6 +34,7 @@ from models.evaluate import auc, log_loss
 from models.find_rate import find_rate, found_rate
 from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
+from models.shards import Shards
 from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
@@ -51,12 +52,14 @@ def main(folder: Path) -> None:
     split = int(os.environ.get("MILLRACE_SPLIT", "1"))
     job = Job.load(folder)
     arrays = Arrays.load(Path(job.arrays))
-    rows, valid = resident(arrays, "train", job.rows), resident(arrays, "valid_fit")
-    shape = epoch_shape(len(rows.label), job.train.batch_size, world)
+    shards = Path(job.arrays) / SHARDS
+    rows = Shards(shards) if shards.is_file() else resident(arrays, "train", job.rows)
+    valid = resident(arrays, "valid_fit")
+    shape = epoch_shape(len(rows), job.train.batch_size, world)
     if split > shape.batch // world:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
     steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
-    loader = Loader(rows, shape, job.seed, rank, world)
+    loader = Loader(rows, shape, job.seed, rank, world, pinned=job.accelerator == "gpu")
     net = build(job.train, arrays.preprocess, job.seed, steps)
     keeper = Keeper(job, folder, valid, loader, steps, net)
     if job.train.module is not None:
@@ -292,9 +295,8 @@ class Keeper(pl.Callback):
         trainer.should_stop = True
 
     def _bad_rows(self, batches: int) -> str:
-        rows = self.loader.last_rows(batches)
-        scaled, codes, label = self.loader.data.take(rows)
-        bad = ~np.isfinite(logits(self.net, Resident(scaled, codes, label)))
+        rows, batch = self.loader.last(batches)
+        bad = ~np.isfinite(logits(self.net, Resident(*batch)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
         if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"

@@ -76,7 +76,7 @@ def best(trials: list[Trial]) -> Trial:
 
 def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
-    arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays"), start_zygote()
+    arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays", spec.train, spec.tune.rows), start_zygote()
     give_back_memory()  # only the ranks need the rows from here on
 
     def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:

@@ -518,6 +518,10 @@ class Train(Model):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "fp8"] = Field(
         "32-true", description="numbers that are multiplied; weights and judgement are float32 in any case"
     )
+    feed: Literal["auto", "memory", "stream"] = Field(
+        "auto", description="training rows held by each rank, or streamed from Parquet; auto: streamed above feed_memory_mb"
+    )
+    feed_memory_mb: int = Field(4_096, ge=1, description="MiB of training rows that a rank holds where feed is auto")
     trainer: dict[str, bool | int | float | str] = Field(
         {}, description="options of Lightning's Trainer under their own names, of those that Millrace does not own"
     )
@@ -580,7 +584,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy", "trainer", "module", "gradient_checkpointing",
+    "strategy", "trainer", "module", "gradient_checkpointing", "feed", "feed_memory_mb",
 })  # fmt: skip
 
 
