@@ -14,7 +14,7 @@ from models.arrays import epoch_shape, write_arrays
 from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
-from models.job import LIBRARIES, Job, Outcome, Progress, own_code
+from models.job import LIBRARIES, PROFILE, Job, Outcome, Progress, own_code
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
@@ -36,6 +36,7 @@ def train_candidates(
     start_zygote()  # it imports while the rows are read
     data = replace(load_training_set(data_folder), frame={})  # only what models read is kept
     give_back_memory()
+    run = work.parent
     # a run that is taken up with other code or libraries, or rows made by other code, does not resume from what those left
     work /= digest_of([code_digest("models"), library_versions(*LIBRARIES), file_digest(data_folder / "frame.parquet"),
                        *own_code(spec.train).values()])[:16]  # fmt: skip
@@ -60,12 +61,16 @@ def train_candidates(
     shutil.copyfile(data_folder / "preprocess.json", out / "preprocess.json")
     choice = _choose(data, out)
     _write(data, choice, outcome, trees, out)
+    profile = ""
+    if (folder / PROFILE).is_dir():
+        shutil.copytree(folder / PROFILE, run / PROFILE, dirs_exist_ok=True)
+        profile = f"; profile: {run / PROFILE}"
     shutil.rmtree(work / "arrays")  # made again in a second, and large
     chosen = choice.chosen
     restarts = f", {len(outcome.restarts)} restarts" if outcome.restarts else ""
     return Note(
         f"network {len(outcome.result.curve)} epochs on {ranks} rank(s){restarts}, LightGBM {trees['gbdt'].rounds} "
-        f"trees; chosen: {chosen.name}, log loss {chosen.log_loss:.4f} on valid_select"
+        f"trees; chosen: {chosen.name}, log loss {chosen.log_loss:.4f} on valid_select{profile}"
     )
 
 

@@ -529,6 +529,7 @@ class Train(Model):
         False, description="keep no activation of a hidden layer for the backward pass but compute it again: less memory"
     )
     compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
+    profile: bool = Field(False, description="leave a trace of 20 steps and a table of what they spend in the run's folder")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -585,6 +586,7 @@ class Train(Model):
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
     "strategy", "trainer", "module", "gradient_checkpointing", "feed", "feed_memory_mb",
+    "profile",
 })  # fmt: skip
 
 
