@@ -46,9 +46,10 @@ test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-lock: setup  ## resolves requirements.lock anew
+lock: setup  ## resolves requirements.lock anew (MLflow wants an older importlib-metadata than it needs)
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --no-annotate --no-header -q \
-	  -c <(printf 'torch==2.13.0\npyarrow<26\n') | grep -vE '^(torch==|triton|cuda-|nvidia-(cu|nccl|nv[jts]))' > requirements.lock
+	  -c <(printf 'torch==2.13.0\npyarrow<26\n') --override <(echo 'importlib-metadata>=8') \
+	  | grep -vE '^(torch==|triton|cuda-|nvidia-(cu|nccl|nv[jts]))' > requirements.lock
 
 schema: setup  ## pipelines/schema.json, for editors
 	@$(BIN)/millrace schema

@@ -85,14 +85,14 @@ def compare_runs(home: Home, pipeline: str, names: Sequence[str]) -> tuple[Compa
 
 def words(found: Compared) -> list[str]:
     """The comparison for a terminal."""
-    lines = [f"{'':<14} {'A ' + found.a.run_id:<26} {'B ' + found.b.run_id:<26} B better by"]
+    lines = [f"{'':<18} {'A ' + found.a.run_id:<26} {'B ' + found.b.run_id:<26} B better by"]
     for name in ("outcome", "chosen", "finished_wall_us", "result_digest"):
-        a, b = (iso(m[name]) if name == "finished_wall_us" else m[name][:PREFIX] for m in (found.a.manifest, found.b.manifest))
-        lines.append(f"{name.removesuffix('_wall_us').replace('_', ' '):<14} {a:<26} {b:<26}".rstrip())
+        a, b = (iso(m[name])[:16] if name == "finished_wall_us" else m[name][:PREFIX] for m in (found.a.manifest, found.b.manifest))
+        lines.append(f"{name.removesuffix('_wall_us').replace('_', ' '):<18} {a:<26} {b:<26}".rstrip())
     for metric in METRICS:
         a, b = (_span(side.metric(metric)) for side in (found.a, found.b))
         better = _span(found.gains[metric], sign=True) if found.gains else ""
-        lines.append(f"{metric_words(metric):<14.14} {a:<26} {b:<26} {better}".rstrip())
+        lines.append(f"{metric_words(metric):<18} {a:<26} {b:<26} {better}".rstrip())
     for section, differences in found.differences.items():
         lines += [f"{section.replace('_', ' ')}: {d.name}: {d.a} → {d.b}" for d in differences[:SHOWN]]
         more = len(differences) - SHOWN

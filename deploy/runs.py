@@ -11,7 +11,10 @@ from pipelines.run import finished
 
 OPEN = "unfinished"  # running now, or taken up by the next run
 PREFIX = 12  # digits of a digest that are shown
-HEAD = f"  {'run':<16} {'ended (UTC)':<16} {'result':<10} {'model':<11} {'test AUC':>8} {'log loss':>8} {'seconds':>8}  result_digest"
+HEAD = (
+    f"  {'run':<16} {'ended (UTC)':<16} {'result':<10} {'model':<11} {'test AUC':>8} {'log loss':>8} {'seconds':>8}  "
+    "result_digest"
+)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ class _Flow:
 
     def end(self, ended: Ended) -> None:
         self.monitor.finish()
+        self.monitor.collect_metrics()  # so that a short run has a figure too
+        self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+        self.monitor.mlflow_logger.flush()
         self._tell_params(ended.params)
         self._tell_metrics((name, 0, value) for name, value in ended.metrics.items())
         self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in ended.tags.items()])

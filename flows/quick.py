@@ -13,7 +13,7 @@ from pipelines.spec import Spec
 def nothing_new(home: Home, spec: Spec, as_of: str | None) -> Outcome | None:
     """The last outcome, as `unchanged`, when spec, code, landing and as_of are what the last run saw; else None."""
     last = accepted(home, spec.pipeline)
-    if last is None or unfinished(home, spec.pipeline):
+    if last is None or spec.train.profile or unfinished(home, spec.pipeline):
         return None
     inputs = last["inputs"]
     if inputs["spec_digest"] != digest_of(result_spec(spec)) or inputs["code"] != code_digest("flows"):

@@ -14,7 +14,7 @@ from models.arrays import epoch_shape, write_arrays
 from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
-from models.job import LIBRARIES, Job, Outcome, Progress, own_code
+from models.job import LIBRARIES, PROFILE, Job, Outcome, Progress, own_code
 from models.score import NetworkScorer, TreeScorer
 from models.tune import apply
 from pipelines.errors import MillraceError
@@ -36,13 +36,14 @@ def train_candidates(
     start_zygote()  # it imports while the rows are read
     data = replace(load_training_set(data_folder), frame={})  # only what models read is kept
     give_back_memory()
+    run = work.parent
     # a run that is taken up with other code or libraries, or rows made by other code, does not resume from what those left
     work /= digest_of([code_digest("models"), library_versions(*LIBRARIES), file_digest(data_folder / "frame.parquet"),
                        *own_code(spec.train).values()])[:16]  # fmt: skip
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)
-    job = Job(str(write_arrays(data, work / "arrays")), apply(spec.train, _params(best, "network")), spec.seed,
+    job = Job(str(write_arrays(data, work / "arrays", spec.train)), apply(spec.train, _params(best, "network")), spec.seed,
               spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
     folder = work / "network"
     job.prepare(folder)
@@ -60,28 +61,32 @@ def train_candidates(
     shutil.copyfile(data_folder / "preprocess.json", out / "preprocess.json")
     choice = _choose(data, out)
     _write(data, choice, outcome, trees, out)
+    profile = ""
+    if (folder / PROFILE).is_dir():
+        shutil.copytree(folder / PROFILE, run / PROFILE, dirs_exist_ok=True)
+        profile = f"; profile: {run / PROFILE}"
     shutil.rmtree(work / "arrays")  # made again in a second, and large
     chosen = choice.chosen
     restarts = f", {len(outcome.restarts)} restarts" if outcome.restarts else ""
     return Note(
         f"network {len(outcome.result.curve)} epochs on {ranks} rank(s){restarts}, LightGBM {trees['gbdt'].rounds} "
-        f"trees; chosen: {chosen.name}, log loss {chosen.log_loss:.4f} on valid_select"
+        f"trees; chosen: {chosen.name}, log loss {chosen.log_loss:.4f} on valid_select{profile}"
     )
 
 
 def world(spec: Spec) -> tuple[int, str]:
     """Number of ranks, and what they run on. The driver is asked by a file, never through CUDA."""
-    devices = _devices()
-    ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, devices)
-    return ranks, "gpu" if devices >= ranks and devices else "cpu"
+    found = devices()
+    ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, found)
+    return ranks, "gpu" if found >= ranks and found else "cpu"
 
 
-def _devices() -> int:
+def devices() -> int:
     """GPUs that the driver has now, of those that this process may use."""
-    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        devices = min(devices, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
-    return devices
+        found = min(found, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    return found
 
 
 def _follow_devices(folder: Path, ranks: int) -> Callable[[], None]:
@@ -91,7 +96,7 @@ def _follow_devices(folder: Path, ranks: int) -> Callable[[], None]:
     def look() -> None:
         nonlocal working
         wanted = ranks
-        while wanted > max(1, _devices()):
+        while wanted > max(1, devices()):
             wanted //= 2
         if wanted != working:
             working = wanted

@@ -1,7 +1,7 @@
 """What one training job is told and what it leaves: plain files in its folder, read without torch.
 
 `job.json` in · `progress.jsonl`, `heartbeat-R`, `rank-R.log`, `restarts.json`, `notes.json`, `checkpoints/` while it
-runs · `timing.json`, `network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
+runs · `timing.json`, `profile/`, `network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
 """
 
 import importlib.util
@@ -16,8 +16,10 @@ from models.beat import Beat
 from pipelines.manifest import file_digest, read_json, write_json
 from pipelines.spec import Network, Train
 
-NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy")  # fields of Train that change no weight
+# fields of Train that change no weight
+NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy", "profile")
 LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
+PROFILE = "profile"  # folder, where train.profile asks for it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on
 

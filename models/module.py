@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -28,6 +29,17 @@ class TabularModule(pl.LightningModule):
         self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
         if train.compile:
             self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning keeps the name of the running hook here, some fifty times a step; PyTorch would look for weights in it."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """On a CPU it is there; Lightning would look at each tensor."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:

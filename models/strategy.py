@@ -1,6 +1,7 @@
 """What the words of a spec mean to Lightning: its Trainer, how ranks share the work, in what numbers they multiply."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning_fabric.strategies.model_parallel import _rekey_optimizer_state_if_needed
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.plugins import MixedPrecision, Precision
+from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -25,12 +27,13 @@ HANG = timedelta(minutes=10)  # a collective that waits longer has lost a rank, 
 UNIT = 10_000  # numbers from which a layer is gathered by itself; smaller ones together
 
 
-def trainer_of(job: Job, world: int, keeper: pl.Callback) -> pl.Trainer:
+def trainer_of(job: Job, world: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     """Lightning's Trainer for one of `world` ranks. Raises UsageError where it does not take what the spec passes on."""
     train = job.train
     ours = {
+        "profiler": Unprofiled(),
         "accelerator": job.accelerator, "devices": world, "strategy": strategy(train, world, job.accelerator),
-        "max_epochs": job.max_epochs, "callbacks": [keeper], "num_sanity_val_steps": 0, "log_every_n_steps": 10**6,
+        "max_epochs": job.max_epochs, "callbacks": [*callbacks], "num_sanity_val_steps": 0, "log_every_n_steps": 10**6,
         "accumulate_grad_batches": train.accumulate_grad_batches, "gradient_clip_val": train.gradient_clip_val,
         "gradient_clip_algorithm": train.gradient_clip_algorithm, "use_distributed_sampler": False,
         "plugins": [CheckpointIO(), precision_plugin(train, job.accelerator)],
@@ -41,6 +44,15 @@ def trainer_of(job: Job, world: int, keeper: pl.Callback) -> pl.Trainer:
     except (MisconfigurationException, TypeError, ValueError) as error:
         given = ", ".join(f"{name}: {value!r}" for name, value in train.trainer.items())
         raise UsageError(f"train.trainer: Lightning does not take {{{given}}}: {' '.join(str(error).split())}") from error
+
+
+class Unprofiled(PassThroughProfiler):
+    """Lightning's own makes a context anew for each of some thirty calls in a step."""
+
+    nothing = nullcontext("")
+
+    def profile(self, action_name: str) -> Any:
+        return self.nothing
 
 
 def precision_plugin(train: Train, accelerator: str) -> Precision:

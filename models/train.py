@@ -23,17 +23,20 @@ from lightning_fabric.utilities import registry
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.arrays import Arrays, epoch_shape
+from models.arrays import SHARDS, Arrays, epoch_shape
 from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
 from models.calibrate import sigmoid
 from models.checkpoints import Writer, newest, snapshot
+from models.clock import Clock
 from models.custom import build, check_logits
 from models.data import Loader, Resident, resident
 from models.evaluate import auc, log_loss
 from models.find_rate import find_rate, found_rate
-from models.job import LIBRARIES, STOPPED, Epoch, Job, Result, identity, own_code
+from models.job import LIBRARIES, PROFILE, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
+from models.profile import Profile
+from models.shards import Shards
 from models.strategy import finite, trainer_of, whole
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
@@ -51,18 +54,21 @@ def main(folder: Path) -> None:
     split = int(os.environ.get("MILLRACE_SPLIT", "1"))
     job = Job.load(folder)
     arrays = Arrays.load(Path(job.arrays))
-    rows, valid = resident(arrays, "train", job.rows), resident(arrays, "valid_fit")
-    shape = epoch_shape(len(rows.label), job.train.batch_size, world)
+    shards = Path(job.arrays) / SHARDS
+    rows = Shards(shards) if shards.is_file() else resident(arrays, "train", job.rows)
+    valid = resident(arrays, "valid_fit")
+    shape = epoch_shape(len(rows), job.train.batch_size, world)
     if split > shape.batch // world:
         raise MillraceError("out of memory with one row at a time; choose a smaller train.network, or a larger device")
     steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
-    loader = Loader(rows, shape, job.seed, rank, world)
+    loader = Loader(rows, shape, job.seed, rank, world, pinned=job.accelerator == "gpu")
     net = build(job.train, arrays.preprocess, job.seed, steps)
     keeper = Keeper(job, folder, valid, loader, steps, net)
     if job.train.module is not None:
         check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
     module = _module(net, _with_rate(job, folder, arrays, loader, keeper), steps, split, keeper)
-    trainer = trainer_of(job, world, keeper)
+    profiles = [Profile(folder / PROFILE, steps, job.accelerator, keeper.clock)] if job.train.profile and rank == 0 else []
+    trainer = trainer_of(job, world, [keeper, *profiles])
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
     # a user's own module may keep hyper-parameters of any type in the checkpoint
@@ -125,37 +131,6 @@ def warm_up() -> None:
     registry.entry_points = found
     code_digest("models")  # of the code that was imported, whatever is edited later
     library_versions(*LIBRARIES)
-
-
-class Clock:
-    """Seconds of a training loop: what checkpoints cost it, at once and while they are written."""
-
-    def __init__(self) -> None:
-        self.began = self.last = 0.0
-        self.wrote = False
-        self.stall_s, self.checkpoints = 0.0, 0
-        self.steps = {False: [0, 0.0], True: [0, 0.0]}  # while a checkpoint is written: number and seconds
-
-    def start(self) -> None:
-        self.began = self.last = time.monotonic()
-
-    def step(self, *, writing: bool) -> None:
-        """A step has ended; the time since the last end is its."""
-        now = time.monotonic()
-        kind = self.steps[writing or self.wrote]
-        kind[0], kind[1] = kind[0] + 1, kind[1] + now - self.last
-        self.last, self.wrote = now, writing
-
-    def stalled(self, seconds: float) -> None:
-        """The loop has waited for a checkpoint."""
-        self.stall_s, self.checkpoints, self.last = self.stall_s + seconds, self.checkpoints + 1, time.monotonic()
-
-    def figures(self) -> dict[str, float]:
-        """For `timing.json`; `step_writing_s` is the mean time of a step during which a checkpoint was written."""
-        mean = {k: total / max(1, count) for k, (count, total) in self.steps.items()}
-        return {"loop_s": time.monotonic() - self.began, "steps": self.steps[False][0] + self.steps[True][0],
-                "checkpoints": self.checkpoints, "stall_s": self.stall_s, "step_quiet_s": mean[False],
-                "step_writing_s": mean[True]}  # fmt: skip
 
 
 class Keeper(pl.Callback):
@@ -240,7 +215,7 @@ class Keeper(pl.Callback):
                 f"train.module {self.job.train.module!r}: training resumes exactly with one optimiser that Lightning steps; "
                 "return one from configure_optimizers, and the loss from training_step"
             )
-        self.clock.start()
+        self.clock.start(trainer.global_step)
         self.weights = list(module.parameters())
         if self.job.train.ema is not None or self.job.train.swa is not None:
             self.average = Average(self.weights)
@@ -249,20 +224,28 @@ class Keeper(pl.Callback):
         self.beat(step=trainer.global_step, steps=self.steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.clock.last = time.monotonic()  # what lies between two epochs is no step's time
+        self.clock.skip()  # what lies between two epochs is no step's time
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Dropout is a function of (seed, step, rank), so that a resumed step draws what the killed one drew."""
+        self.clock.end_of("data")
         draw = trainer.global_step * self.together + batch_idx % self.together
         seed = (self.job.seed * 1_000_003 + draw) * 1_009 + trainer.global_rank
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack for each device that is not there
+        if self.job.accelerator == "gpu":
+            torch.cuda.manual_seed(seed)
         if self.job.train.module is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)
+        self.clock.end_of("other")
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self.clock.end_of("forward")
         if self.job.train.precision == "16-mixed":
             self.scaled.append(loss.detach())
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.clock.end_of("backward")
 
     def _too_large_for_float16(self, trainer: pl.Trainer) -> bool:
         """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
@@ -276,6 +259,7 @@ class Keeper(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
         """A gradient that is not finite is dropped: it is the sum over all ranks, so all see it."""
         if finite(p.grad for p in self.weights if p.grad is not None) or self._too_large_for_float16(trainer):
+            self.clock.end_of("other")
             return
         self.bad, before = True, (self.loader.position - 1) % self.together  # batches before it in the same step
         del self.losses[len(self.losses) - before :]
@@ -292,9 +276,8 @@ class Keeper(pl.Callback):
         trainer.should_stop = True
 
     def _bad_rows(self, batches: int) -> str:
-        rows = self.loader.last_rows(batches)
-        scaled, codes, label = self.loader.data.take(rows)
-        bad = ~np.isfinite(logits(self.net, Resident(scaled, codes, label)))
+        rows, batch = self.loader.last(batches)
+        bad = ~np.isfinite(logits(self.net, Resident(*batch)))
         found = sorted(rows[torch.from_numpy(bad)].tolist())
         if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"
@@ -303,6 +286,8 @@ class Keeper(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         step = trainer.global_step
+        self.clock.end_of("optimizer" if step > self.clock.updates else "other")
+        self.clock.updates = step
         if not self.bad and outputs:  # a user's own training_step may return no loss, to leave a batch out
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
@@ -317,6 +302,7 @@ class Keeper(pl.Callback):
         # a run resumed from an epoch's last batch would not judge the epoch: Lightning counts it done
         if (self.rank == 0 or self.sharded) and not trainer.is_last_batch and not self.stopped:
             self._keep(trainer)
+        self.clock.end_of("other")
 
     def _keep(self, trainer: pl.Trainer) -> None:
         now = time.monotonic()

@@ -76,12 +76,13 @@ def best(trials: list[Trial]) -> Trial:
 
 def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress | None = None) -> list[Trial]:
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
-    arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays"), start_zygote()
+    arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays", spec.train, spec.tune.rows), start_zygote()
     give_back_memory()  # only the ranks need the rows from here on
+    train = spec.train.model_copy(update={"profile": False})
 
     def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
         folder = study / f"slot-{slot:04d}"
-        job = Job(str(arrays), apply(spec.train, params), spec.seed + slot, spec.tune.max_epochs, spec.tune.rows,
+        job = Job(str(arrays), apply(train, params), spec.seed + slot, spec.tune.max_epochs, spec.tune.rows,
                   _limits(spec, before), export=False)  # fmt: skip
         job.prepare(folder)
         result = launch(folder, ranks=1, max_restarts=spec.train.max_restarts, zygote=zygote,

@@ -13,8 +13,8 @@ from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
 _NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store"},
-               "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy"}, "tune": {"workers"},
-               "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
+               "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile"},
+               "tune": {"workers"}, "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
 
 
 def result_spec(spec: Spec) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def pin(
     base = digest_of([spec.pipeline, spec_digest, as_of_us, snapshot, parent])[:12]
     last = accepted(home, spec.pipeline)
     same = {"spec_digest": spec_digest, "as_of_us": as_of_us, "snapshot": snapshot, "code": code}
-    if last and all(last["inputs"].get(k) == v for k, v in same.items()):
+    if last and not spec.train.profile and all(last["inputs"].get(k) == v for k, v in same.items()):
         return Run(**_pinned(last["inputs"]), unchanged=True)
     attempt = 1 + len(list(home.runs(spec.pipeline).glob(f"{base}-*")))
     run = Run(

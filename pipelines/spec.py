@@ -530,6 +530,10 @@ class Train(Model):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "fp8"] = Field(
         "32-true", description="numbers that are multiplied; weights and judgement are float32 in any case"
     )
+    feed: Literal["auto", "memory", "stream"] = Field(
+        "auto", description="training rows held by each rank, or streamed from Parquet; auto: streamed above feed_memory_mb"
+    )
+    feed_memory_mb: int = Field(4_096, ge=1, description="MiB of training rows that a rank holds where feed is auto")
     trainer: dict[str, bool | int | float | str] = Field(
         {}, description="options of Lightning's Trainer under their own names, of those that Millrace does not own"
     )
@@ -537,6 +541,7 @@ class Train(Model):
         False, description="keep no activation of a hidden layer for the backward pass but compute it again: less memory"
     )
     compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
+    profile: bool = Field(False, description="leave a trace of 20 steps and a table of what they spend in the run's folder")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -592,7 +597,8 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy", "trainer", "module", "gradient_checkpointing",
+    "strategy", "trainer", "module", "gradient_checkpointing", "feed", "feed_memory_mb",
+    "profile",
 })  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from tasks.policy import bar, opened, stage, stage_key
 
 def _key(run: Run, data: Artifact, study: Artifact) -> str:
     _, spec = opened(run)
+    profiled = {"profile": run.run_id} if spec.train.profile else {}  # so that it is not found as done
     return stage_key(run, "models", "train", data=data.digest, study=study.digest, spec=run.spec_digest,
-                     **own_code(spec.train))  # fmt: skip
+                     **own_code(spec.train), **profiled)  # fmt: skip
 
 
 @stage(key=_key, tags=["model"], timeout_s=24 * 3_600)

@@ -129,3 +129,32 @@ def test_recovery(tmp_path: Path) -> None:
     assert figures["kills"] == 4 and figures["hangs"] == 1 and figures["trainings"] >= 1 and figures["checkpoints"] > 0
     assert {"kill_to_step_p95_s", "hang_to_step_p95_s", "supervisor_kill_ratio", "steps_lost_p95"} <= set(figures)
     assert 0 < figures["checkpoint_stall_share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_train_loop(tmp_path: Path) -> None:
+    figures = run("train_loop", tmp_path)["figures"]
+    assert min(figures[k] for k in ("ratio_to_handwritten", "ratio_to_handwritten_1024", "streaming_ratio_to_resident")) > 0
+    assert figures["speedup_vs_row_dataset"] > 1
+    for feed in ("memory", "stream"):
+        assert 0 < figures["data_wait_share"][feed] < 1 - figures["busy_share"][feed] < 1 and figures["peak_rss_mb"][feed] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ddp(tmp_path: Path) -> None:
+    figures = run("ddp", tmp_path)["figures"]
+    assert figures["weights_max_abs_diff"] < 1e-4 and figures["efficiency_2"] > 0 and figures["ratio_to_handwritten_ddp"] > 0
+    assert figures["prediction"] is True and figures["fit_error"] < 1
+    two, four, many = (figures["predicted_efficiency"][n] for n in ("2", "4", "64"))
+    assert 1 > two > four > many > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_precision(tmp_path: Path) -> None:
+    figures = run("precision", tmp_path)["figures"]
+    speeds = {name for name in figures if "speedup" in name}
+    assert len(speeds) == 3 and all(name.endswith("_cpu") == (figures["device"] == "cpu") for name in speeds)
+    assert max(figures["log_loss"].values()) - min(figures["log_loss"].values()) < 0.01

@@ -6,6 +6,7 @@ import pytest
 
 from models.arrays import write_arrays
 from models.elastic import Zygote, start_zygote
+from pipelines.spec import Train
 from tests.model.small import write_small
 
 # a supervisor whose ranks run `unruly.py` of their folder after every step, as a user's own callback would
@@ -38,4 +39,4 @@ def unruly() -> Zygote:
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    return write_arrays(write_small(folder / "set"), folder / "arrays")
+    return write_arrays(write_small(folder / "set"), folder / "arrays", Train())

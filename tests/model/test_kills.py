@@ -22,7 +22,7 @@ from models.evaluate import evaluate
 from models.tune import tune_into
 from pipelines.errors import MillraceError
 from pipelines.manifest import ROOT, file_digest, read_json, write_json
-from pipelines.spec import Gate
+from pipelines.spec import Gate, Train
 from tests.model.small import small_spec, write_small
 from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arrays(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_arrays(write_small(folder), tmp_path_factory.mktemp("arrays") / "arrays")
+    return write_arrays(write_small(folder), tmp_path_factory.mktemp("arrays") / "arrays", Train())
 
 
 def test_a_used_up_budget_is_an_error_that_says_why_and_the_next_launch_resumes(

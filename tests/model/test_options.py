@@ -1,6 +1,8 @@
 """Options of `train:`: each does what PyTorch by hand does, survives kills bit for bit, and stands in no file when unused."""
 
+import gzip
 import inspect
+import json
 import math
 import os
 import re
@@ -297,6 +299,19 @@ def test_training_that_computes_layers_again_ends_in_the_same_weights(zygote: Zy
 
 
 # --- Lightning's own options ---
+
+
+def test_a_profile_is_a_trace_and_a_table_and_changes_no_weight(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
+    calm = run(zygote, tmp_path / "calm", job(arrays, epochs=1))
+    assert run(zygote, tmp_path / "seen", job(arrays, "train.profile=true", epochs=1)) == calm
+    assert_same(weights(tmp_path / "seen"), weights(tmp_path / "calm"))
+    trace = json.loads(gzip.decompress((tmp_path / "seen" / "profile" / "trace.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("aten::binary_cross_entropy_with_logits") == 20  # steps
+    table = (tmp_path / "seen" / "profile" / "table.txt").read_text()
+    shares = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in table.splitlines()[1:6]}
+    assert shares.keys() == {"data", "forward", "backward", "optimizer", "other"} and 99 < sum(shares.values()) < 101
+    assert min(shares.values()) > 0 and "aten::addmm" in table
 
 
 def test_every_option_of_lightnings_trainer_is_passed_or_owned() -> None:
