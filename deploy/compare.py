@@ -87,7 +87,8 @@ def words(found: Compared) -> list[str]:
     """The comparison for a terminal."""
     lines = [f"{'':<18} {'A ' + found.a.run_id:<26} {'B ' + found.b.run_id:<26} B better by"]
     for name in ("outcome", "chosen", "finished_wall_us", "result_digest"):
-        a, b = (iso(m[name])[:16] if name == "finished_wall_us" else m[name][:PREFIX] for m in (found.a.manifest, found.b.manifest))
+        shown = [side.manifest[name] for side in (found.a, found.b)]
+        a, b = (iso(value)[:16] if name == "finished_wall_us" else value[:PREFIX] for value in shown)
         lines.append(f"{name.removesuffix('_wall_us').replace('_', ' '):<18} {a:<26} {b:<26}".rstrip())
     for metric in METRICS:
         a, b = (_span(side.metric(metric)) for side in (found.a, found.b))
