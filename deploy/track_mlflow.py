@@ -3,8 +3,10 @@
 The truth about releases is the home's log; the alias `champion` of the registered model `millrace_PIPELINE` mirrors it.
 """
 
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from mlflow import MlflowClient
@@ -14,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from deploy.follower import Ended, Point, Subject
-from deploy.tracking import tracking_uri
+from deploy.tracking import ANSWER_S, tracking_uri
 from pipelines.home import Home
 from pipelines.manifest import read_json
 
@@ -50,6 +52,8 @@ class _Flow:
         folder = self.home.root / "mlflow" / "artifacts" / self.pipeline
         where = folder.as_uri() if self.uri.startswith("sqlite") else None
         known = self.client.get_experiment_by_name(self.pipeline)
+        if known is not None and where and known.artifact_location != where:
+            self._home_was_moved(known.artifact_location, where)
         if known is None:
             try:
                 return str(self.client.create_experiment(self.pipeline, artifact_location=where))
@@ -58,6 +62,14 @@ class _Flow:
                 if known is None:
                     raise
         return str(known.experiment_id)
+
+    def _home_was_moved(self, old: str, new: str) -> None:
+        """MLflow keeps absolute paths: those below `old` are below `new` from now on."""
+        with closing(sqlite3.connect(self.uri.removeprefix("sqlite:///"), timeout=ANSWER_S)) as db, db:
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source"),
+                                  ("model_versions", "storage_location")):  # fmt: skip
+                db.execute(f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} LIKE ? || '%'",
+                           (new, len(old) + 1, old))  # fmt: skip
 
     def _tell_params(self, params: Mapping[str, Any]) -> None:
         new = [Param(name, str(value)[:LONGEST]) for name, value in params.items() if name not in self.params]

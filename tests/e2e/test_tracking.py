@@ -33,6 +33,20 @@ from tests.command import QUICK, command, environment, millrace
 from tests.e2e.test_report import Page
 
 EPOCHS = 8  # of QUICK
+DIES = """
+import os
+from dataclasses import fields
+from pathlib import Path
+from deploy.tracking import _working, follow
+from pipelines.home import Home
+from pipelines.manifest import read_json
+from pipelines.run import Run
+home = Home(Path({root!r}))
+pins = read_json(home.runs("tumours") / {run_id!r} / "inputs.json")
+follow(home, Run(**{{f.name: pins[f.name] for f in fields(Run) if f.name in pins}}))
+print(*(process.pid for process in _working.values()), flush=True)
+os.kill(os.getpid(), 9)
+"""
 
 
 def manifest_of(home: Home) -> dict[str, Any]:
@@ -45,9 +59,9 @@ def rewrite(path: Path, **changes: Any) -> None:
     write_json(path, body)
 
 
-def tracked(home: Home, *trackers: str) -> Run:
+def tracked(home: Home, *trackers: str, run_id: str = "") -> Run:
     """The run of this home, as if its spec had named these."""
-    folder = home.runs("tumours") / manifest_of(home)["run_id"]
+    folder = home.runs("tumours") / (run_id or manifest_of(home)["run_id"])
     rewrite(folder / "spec.json", tracking=list(trackers))
     pins = read_json(folder / "inputs.json")
     return Run(**{f.name: pins[f.name] for f in fields(Run) if f.name in pins})
@@ -119,19 +133,20 @@ def test_mlflow_mirrors_runs_and_releases_and_the_result_is_the_same(
 ) -> None:
     from mlflow import MlflowClient
 
-    assert millrace(tmp_path, "sample", "tumours").code == 0
+    home = tmp_path / "home"
+    assert millrace(home, "sample", "tumours").code == 0
     sets = (*QUICK, "tracking=[mlflow, tensorboard]")
-    done = millrace(tmp_path, "run", "tumours", sets=sets)
+    done = millrace(home, "run", "tumours", sets=sets)
     assert done.code == 0, done.err
-    (manifest,) = [read_json(p) for p in tmp_path.glob("runs/tumours/*/manifest.json")]
+    (manifest,) = [read_json(p) for p in home.glob("runs/tumours/*/manifest.json")]
     plain = tumours[1]
     assert (manifest["result_digest"], manifest["release"]) == (plain["result_digest"], plain["release"])
     assert manifest["run_id"] == plain["run_id"] and all(one["ok"] for one in manifest["tracking"])
-    assert f"mlflow server --host 127.0.0.1 --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db" in done.out
-    assert f"tensorboard --logdir {tmp_path}/tensorboard" in done.out
-    assert len(scalars(tmp_path / "tensorboard" / "tumours" / manifest["run_id"])["network/auc"]) == EPOCHS
+    assert f"mlflow server --host 127.0.0.1 --backend-store-uri sqlite:///{home}/mlflow/mlflow.db" in done.out
+    assert f"tensorboard --logdir {home}/tensorboard" in done.out
+    assert len(scalars(home / "tensorboard" / "tumours" / manifest["run_id"])["network/auc"]) == EPOCHS
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("tumours")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -145,18 +160,27 @@ def test_mlflow_mirrors_runs_and_releases_and_the_result_is_the_same(
     assert [m.step for m in history] == list(range(1, EPOCHS + 1))
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"manifest.json", "report.html", "model_card.md", "model"}
     weights = Path(client.download_artifacts(run.info.run_id, "model/network.safetensors"))
-    assert weights.read_bytes() == (tmp_path / manifest["stage_paths"]["train"] / "network.safetensors").read_bytes()
+    assert weights.read_bytes() == (home / manifest["stage_paths"]["train"] / "network.safetensors").read_bytes()
 
     def champion() -> str:
         return str(client.get_model_version_by_alias("millrace_tumours", "champion").tags["release"])
 
     assert champion() == manifest["release"]
-    again = millrace(tmp_path, "run", "tumours", "--json", sets=(*sets, "serve.threshold=0.3"))
+    again = millrace(home, "run", "tumours", "--json", sets=(*sets, "serve.threshold=0.3"))
     assert again.answer["outcome"] == "promoted" and champion() == again.answer["release"] != manifest["release"]
     path = tmp_path / "tracked.yaml"
     path.write_text(f"extends: {os.path.relpath(find_pipeline('tumours'), tmp_path)}\npipeline: tumours\ntracking: mlflow\n")
-    back = millrace(tmp_path, "rollback", str(path), "--json")
+    back = millrace(home, "rollback", str(path), "--json")
     assert back.code == 0 and back.answer["note"] == "" and champion() == manifest["release"], back.err
+
+    moved = Home(home.rename(tmp_path / "moved"))
+    (told,) = tracking.settle(moved, tracked(moved, "mlflow", run_id=manifest["run_id"]))
+    assert told.ok, told.line
+    there = MlflowClient(f"sqlite:///{moved.root}/mlflow/mlflow.db")
+    assert len(there.search_runs([experiment.experiment_id])) == 2  # told again, it is there once
+    version = there.get_model_version_by_alias("millrace_tumours", "champion")
+    assert version.source == f"{(moved.root / 'mlflow/artifacts/tumours').as_uri()}/{run.info.run_id}/artifacts/model"
+    assert Path(there.download_artifacts(run.info.run_id, "model/network.safetensors")).is_relative_to(moved.root)
 
 
 @pytest.mark.slow
@@ -218,12 +242,8 @@ def test_a_follower_that_says_nothing_is_ended(copied_home: Home, monkeypatch: p
 def test_a_follower_ends_with_its_run(copied_home: Home) -> None:
     """The process of the run dies without a word."""
     run = tracked(copied_home, "tensorboard")
-    code = ("import os, sys; from dataclasses import fields; from pathlib import Path; "
-            "from deploy.tracking import follow, _working; from pipelines.home import Home; from pipelines.run import Run; from pipelines.manifest import read_json; "
-            "h = Home(Path(sys.argv[1])); b = read_json(h.runs('tumours') / sys.argv[2] / 'inputs.json'); "
-            "follow(h, Run(**{f.name: b[f.name] for f in fields(Run) if f.name in b})); "
-            "print(*(p.pid for p in _working.values()), flush=True); os.kill(os.getpid(), 9)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, str(copied_home.root), run.run_id], capture_output=True, text=True,
+    code = DIES.format(root=str(copied_home.root), run_id=run.run_id)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=environment(copied_home.root), timeout=60)  # fmt: skip
     follower = int(done.stdout)
     deadline = time.monotonic() + 20
