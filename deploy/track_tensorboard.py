@@ -19,7 +19,7 @@ class _Board:
         shutil.rmtree(folder, ignore_errors=True)  # of a try before: everything is written again
         folder.mkdir(parents=True)
         self.params = dict(subject.params)
-        self.writer = EventFileWriter(str(folder), flush_secs=5)
+        self.writer = EventFileWriter(str(folder))
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
@@ -31,6 +31,7 @@ class _Board:
     def points(self, points: Sequence[Point]) -> None:
         for point in points:
             self._scalars(point.step, {f"{point.curve}/{name}": value for name, value in point.values.items()})
+        self.writer.flush()
 
     def end(self, ended: Ended) -> None:
         params = {**self.params, **ended.params}

@@ -70,6 +70,8 @@ def tracked(home: Home, *trackers: str, run_id: str = "") -> Run:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if not folder.is_dir():
+        return {}
     read = EventAccumulator(str(folder)).Reload()
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
@@ -115,11 +117,17 @@ def test_a_password_stands_in_no_record(copied_home: Home, monkeypatch: pytest.M
 
 def test_tensorboard_is_told_of_curves_and_figures_once(copied_home: Home) -> None:
     run, manifest = tracked(copied_home, "tensorboard"), manifest_of(copied_home)
+    folder = copied_home.root / "tensorboard" / "tumours" / run.run_id
+    tracking.follow(copied_home, run)
+    deadline = time.monotonic() + 60
+    while len(scalars(folder).get("network/auc", ())) < EPOCHS:  # from what the ranks write, before the run has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "test/auc" not in scalars(folder)
     for _ in range(2):  # a run that was taken up tells it again
-        tracking.follow(copied_home, run)
         (told,) = tracking.settle(copied_home, run)
         assert told.ok and told.words == f"tensorboard: tensorboard --logdir {copied_home.root / 'tensorboard'}"
-    found = scalars(copied_home.root / "tensorboard" / "tumours" / run.run_id)
+    found = scalars(folder)
     curve = read_json(copied_home.root / manifest["stage_paths"]["train"] / "curves.json")["network"]
     assert found["network/log_loss"] == [(e["epoch"], pytest.approx(e["log_loss"])) for e in curve] and len(curve) == EPOCHS
     assert found["test/auc"] == [(0, pytest.approx(manifest["metrics"]["challenger"]["auc"]["value"]))]
