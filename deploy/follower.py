@@ -27,6 +27,7 @@ from pipelines.run import spec_from
 
 LOOK_S = 1.0  # between two looks at the run's files
 RETRY_S = 30.0  # from one try at a tracker that fails to the next
+NICE = 10
 PARAMS = {"seed", "split", "train", "tune", "gbdt", "gate"}  # sections of the spec
 TAGS = ("outcome", "release", "chosen", "result_digest", "git_commit")
 FILES = ("manifest.json", "spec.json", "report.html", "model_card.md")
@@ -195,9 +196,16 @@ def _ended(home: Home, folder: Path, manifest: Mapping[str, Any]) -> Ended:
                  manifest["release"] if manifest["outcome"] == "promoted" else "")  # fmt: skip
 
 
+def _step_back() -> None:
+    """Training comes first. Where Linux groups processes by session, `nice` counts within a session only: the group has its own."""
+    os.nice(NICE)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
+
+
 def main(tracker: str, pipeline: str, run_id: str = "") -> bool:
     """Whether the tracker was told everything."""
-    os.nice(10)  # training comes first
+    _step_back()
     home = open_home()
     if run_id:
         follower = Follower(home, tracker, pipeline, run_id)
