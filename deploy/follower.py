@@ -27,7 +27,7 @@ from pipelines.run import spec_from
 
 LOOK_S = 1.0  # between two looks at the run's files
 RETRY_S = 30.0  # from one try at a tracker that fails to the next
-NICE = 10
+NICE = 10  # while the run works
 PARAMS = {"seed", "split", "train", "tune", "gbdt", "gate"}  # sections of the spec
 TAGS = ("outcome", "release", "chosen", "result_digest", "git_commit")
 FILES = ("manifest.json", "spec.json", "report.html", "model_card.md")
@@ -89,6 +89,7 @@ class Follower:
         """Until stdin ends."""
         for line in sys.stdin:
             if line.strip() == "finish":
+                _give_way(0)
                 self.asked.set()
         self.gone = not self.asked.is_set()
         self.asked.set()
@@ -196,16 +197,16 @@ def _ended(home: Home, folder: Path, manifest: Mapping[str, Any]) -> Ended:
                  manifest["release"] if manifest["outcome"] == "promoted" else "")  # fmt: skip
 
 
-def _step_back() -> None:
-    """Training comes first. Where Linux groups processes by session, `nice` counts within a session only: the group has its own."""
-    os.nice(NICE)
+def _give_way(nice: int) -> None:
+    """How far training comes first. Where Linux groups processes by session, `nice` counts within one; the group has its own."""
     with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICE))
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def main(tracker: str, pipeline: str, run_id: str = "") -> bool:
     """Whether the tracker was told everything."""
-    _step_back()
+    os.nice(NICE // 2)  # for good
+    _give_way(NICE)
     home = open_home()
     if run_id:
         follower = Follower(home, tracker, pipeline, run_id)
