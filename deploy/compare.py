@@ -116,6 +116,8 @@ def _lead(found: Compared) -> str:
     metric = found.b.spec.gate.metric
     gain = found.gains[metric]
     on = f"on the {found.rows:,} test rows that both have, in {metric_words(metric)}"
+    if max(abs(gain.low or 0), abs(gain.high or 0)) < 5e-5:
+        return f"Neither is better {on}: they differ by less than 0.0001."
     if (gain.low or 0) > 0:
         return f"B is better {on}: its whole interval is above 0."
     if (gain.high or 0) < 0:

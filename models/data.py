@@ -36,8 +36,8 @@ class Rows(Protocol):
 class Loader:
     """Batches of one rank. Every world size sees the same global batches, cut `[rank::world]`; resumes exactly.
 
-    Yields (scaled float32 (B / world, F + M), codes int64 (B / world, C), label float32 (B / world)); `pinned`: made ahead
-    of time, in memory from which a GPU copies by itself.
+    Yields (scaled float32 (B / world, F + M), codes int64 (B / world, C), label float32 (B / world)), made ahead of time;
+    `pinned`: in memory from which a GPU copies by itself.
     """
 
     def __init__(self, data: Rows, shape: Shape, seed: int, rank: int, world: int, *, pinned: bool = False) -> None:
@@ -51,7 +51,7 @@ class Loader:
         if self.position >= self.shape.steps:  # Lightning leaves the last epoch after its last item
             self.epoch, self.position = self.epoch + 1, 0
         batches = self.data.batches(self._seed, self.shape, self.position, self.rank, self.world)
-        for batch in ahead(map(_pinned, batches)) if self.pinned else batches:
+        for batch in ahead(map(_pinned, batches) if self.pinned else batches):
             self.position += 1
             yield batch
 
