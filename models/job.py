@@ -77,9 +77,8 @@ class Job:
 
     def prepare(self, folder: Path) -> None:
         """Writes `job.json`; what another job left in the folder is removed, what this one left stays."""
-        if (folder / "job.json").is_file() and identity(read_json(folder / "job.json")) == identity(self.to_dict()):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "job.json").is_file() or identity(read_json(folder / "job.json")) != identity(self.to_dict()):
+            shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "job.json", self.to_dict())
 
 

@@ -53,7 +53,8 @@ class PowerSaver(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.keeper.between, self.start = self._pace, trainer.global_step
-        self.energy.look()
+        self._count()
+        self.counted = -math.inf  # the first step pays what the start has used
         if self.keeper.rank == 0:
             self._budget(self.start)
             if self.keeper.farewell:
@@ -69,6 +70,8 @@ class PowerSaver(pl.Callback):
             self._budget(trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.counted = -math.inf
+        self._pace()
         self._unlimit()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
@@ -83,7 +86,7 @@ class PowerSaver(pl.Callback):
             return False
         self._count()
         self.largest = max(self.debt, 0.999 * self.largest)
-        began = self.counted
+        began = self.energy.at
         while self.debt > 0 and not self.keeper.asked and not self._in_vain(self.counted - began):
             time.sleep(min(SLICE_S, max(1e-3, self.debt / max(1e-9, self._aim() - self.at_rest))))
             self.keeper.beat()
@@ -111,41 +114,42 @@ class PowerSaver(pl.Callback):
         """Watts, below the cap by what a debt may add to a window."""
         aim, least = self.cap * (1 - SPARE) - self.largest / self.window, (self.cap + self.at_rest) / 2
         if aim < least:
-            self._tell(f"steps are long for a window of {duration_text(self.power.window)}; the mean of several keeps the cap")
+            window = duration_text(self.power.window)
+            self._tell("steps", f"steps are long for a window of {window}; the mean of several keeps the cap")
         return max(aim, least)
 
     def _in_vain(self, rested: float) -> bool:
         """Whether to rest on is of no use: the machine draws more than the cap anyhow, or the other ranks wait too long."""
         if rested > 1:
-            self._tell(f"below {self.power.cap_watts:g} W a step needs more than a second of rest, and takes it")
+            self._tell("rest", f"below {self.power.cap_watts:g} W a step needs more than a second of rest, and takes it")
         if rested > self.window and self.at_rest >= self.cap:
             self.debt = 0.0
-            self._tell(f"the cap is not kept: {self.energy.meter.name} shows {self.at_rest * self.world:.3g} W while training "
-                       f"rests; a step is done every {duration_text(self.power.window)}")  # fmt: skip
+            shown = f"{self.energy.meter.name} shows {self.at_rest * self.world:.3g} W while training rests"
+            self._tell("cap", f"the cap is not kept: {shown}; a step is done every {duration_text(self.power.window)}")
             return True
         if rested > self.patience:
-            self._tell(f"the cap is not kept: a step needs more than {self.patience:g} s of rest, in which other ranks wait")
+            self._tell("cap", f"the cap is not kept: other ranks wait while one rests for more than {self.patience:g} s")
         return rested > self.patience
 
-    def _tell(self, line: str) -> None:
-        """A line for the record, once."""
-        if line not in self.told:
-            self.told.add(line)
+    def _tell(self, about: str, line: str) -> None:
+        """A line for the record, one about each matter."""
+        if about not in self.told:
+            self.told.add(about)
             self.keeper.say(f"train.power: {line}")
 
     def _limit(self) -> None:
         """What the limit was is kept in the tally, so that the start after a kill can undo it."""
         meter, tally = self.energy.meter, self.energy.tally
         if not isinstance(meter, Nvml):
-            self._tell("gpu_limit: there is no GPU whose driver takes one; training rests between steps instead")
+            self._tell("limit", "gpu_limit: there is no GPU whose driver takes one; training rests between steps instead")
             return
         try:
             before, now = meter.limit(self.cap)
         except meter.nvml.NVMLError as error:
-            self._tell(f"gpu_limit: the driver refuses ({error}); training rests between steps instead")
+            self._tell("limit", f"gpu_limit: the driver refuses ({error}); training rests between steps instead")
             return
         tally["limit"] = tally["limit"] or before
-        self._tell(f"gpu_limit: {now:g} W instead of {tally['limit']:g} W until training ends")
+        self._tell("limit", f"gpu_limit: {now:g} W instead of {tally['limit']:g} W until training ends")
 
     def _unlimit(self) -> None:
         meter, tally = self.energy.meter, self.energy.tally
@@ -161,7 +165,8 @@ class PowerSaver(pl.Callback):
         leads, held = self.keeper.rank == 0, self.lead["hold"]
         if held and step >= held:
             if leads:
-                self._tell(f"waits from step {step} on for the hours {', '.join(self.power.cheap_hours)} ({self.power.zone})")
+                hours = f"{', '.join(self.power.cheap_hours)} ({self.power.zone})"
+                self._tell("hours", f"waits from step {step} on for the hours {hours}")
             while self.lead["hold"] == held and not self.keeper.asked and not (leads and self.power.cheap(wall_us())):
                 time.sleep(SLICE_S)
                 self.keeper.beat()
@@ -192,8 +197,8 @@ class PowerSaver(pl.Callback):
                 guess = ", an estimate" if self.energy.meter.estimated else ""
                 self.keeper.farewell = (
                     f"train.power: {allowed:g} {unit} were allowed and are used up ({spent:.4g}{guess}) at step {step} of "
-                    f"{steps}; there is a checkpoint: allow more and run again, it resumes"
+                    f"{steps}; allow more and run again, it goes on from there"
                 )
                 self.keeper.asked = True
             elif step >= max(self.start + 1, EARLY * steps) and (whole := spent * steps / step) > allowed:
-                self._tell(f"{allowed:g} {unit} will not last: at step {step} it looks like {whole:.3g} for all {steps} steps")
+                self._tell(unit, f"{allowed:g} {unit} will not last: by step {step} it looks like {whole:.3g} for all {steps}")
