@@ -72,8 +72,7 @@ def main(folder: Path) -> None:
     module = _module(net, _with_rate(job, folder, arrays, loader, keeper), steps, split, keeper)
     profiles = [Profile(folder / PROFILE, steps, job.accelerator, keeper.clock)] if job.train.profile and rank == 0 else []
     savers = [PowerSaver(job.train.power, keeper, world)] if job.train.power.wanted() else []
-    reduces = [AllReduce()] if world > 1 and not keeper.sharded else []
-    trainer = trainer_of(job, world, [keeper, *profiles, *savers, *reduces])
+    trainer = trainer_of(job, world, [keeper, *profiles, *savers])
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
     # a user's own module may keep hyper-parameters of any type in the checkpoint
@@ -84,7 +83,7 @@ def main(folder: Path) -> None:
         if not keeper.mine():
             raise MillraceError("another job was prepared in this folder")
         keeper.leave()
-        _leave(job, folder, keeper, arrays, reduces)
+        _leave(job, folder, keeper, arrays)
 
 
 def _with_rate(job: Job, folder: Path, arrays: Arrays, loader: Loader, keeper: "Keeper") -> Train:
@@ -165,6 +164,7 @@ class Keeper(pl.Callback):
         self.saved = time.monotonic()
         self.weights: list[torch.nn.Parameter] = []
         self.clock = Clock()
+        self.reduce: AllReduce | None = None
         self.energy = Energy(meter_of(job.train.power, job.accelerator, self.rank, loader.world), folder / f"energy-{self.rank}")
         self.farewell = ""  # why training ends where it was not asked from outside
         self.writer = Writer(folder, origin(job), self.say, self.mine)
@@ -226,6 +226,8 @@ class Keeper(pl.Callback):
             )
         self.clock.start(trainer.global_step)
         self.weights = list(module.parameters())
+        if self.loader.world > 1 and not self.sharded and self.job.accelerator == "cpu":
+            self.reduce = AllReduce(self.weights)
         if self.job.train.ema is not None or self.job.train.swa is not None:
             self.average = Average(self.weights)
             if self.averaged is not None:
@@ -255,6 +257,8 @@ class Keeper(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.end_of("backward")
+        if self.reduce is not None:
+            self.reduce.done(self.clock.mark)
 
     def _too_large_for_float16(self, trainer: pl.Trainer) -> bool:
         """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
@@ -402,10 +406,10 @@ def logits(net: nn.Module, rows: Resident, beat: Callable[[], Any] | None = None
     return torch.cat(parts).numpy().astype(np.float64)
 
 
-def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays, reduces: list[AllReduce]) -> None:
+def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:
     net = build(job.train, arrays.preprocess, job.seed, keeper.steps)
     if job.export and keeper.best and not keeper.stopped:
-        write_json(folder / "usage.json", usage(keeper, net, resident(arrays, "valid_fit", 8), reduces[0] if reduces else None))
+        write_json(folder / "usage.json", usage(keeper, net, resident(arrays, "valid_fit", 8)))
         from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
 
         save_weights(keeper.best, folder / "network.safetensors")

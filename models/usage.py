@@ -4,11 +4,11 @@ It stands in the run's record and in no digest.
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,27 +24,26 @@ if TYPE_CHECKING:
 KINDS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class AllReduce(pl.Callback):
+class AllReduce:
     """How long a rank's backward waits for the others' gradients, after its own are there (DDP on a CPU). `seconds` of it.
 
-    The first backward shows which gradient comes last.
+    The first backward shows which gradient comes last. No callback: Lightning would ask it a dozen times a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.seconds = self.there = 0.0
-        self.hooks: dict[nn.Parameter, Any] = {}
         self.latest: torch.Tensor | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.hooks = {p: p.register_post_accumulate_grad_hook(self._comes) for p in module.parameters() if p.requires_grad}
+        self.hooks = {p: p.register_post_accumulate_grad_hook(self._comes) for p in parameters if p.requires_grad}
 
     def _comes(self, gradient_of: torch.Tensor) -> None:
         self.there, self.latest = time.perf_counter(), gradient_of
 
-    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.seconds += time.perf_counter() - self.there
-        for p in [p for p in self.hooks if p is not self.latest]:
-            self.hooks.pop(p).remove()
+    def done(self, now: float) -> None:
+        """The backward has ended."""
+        self.seconds, self.there = self.seconds + (now - self.there if self.there else 0.0), 0.0
+        if len(self.hooks) > 1:
+            for p in [p for p in self.hooks if p is not self.latest]:
+                self.hooks.pop(p).remove()
 
 
 def flops_per_row(net: nn.Module, rows: Resident) -> float:
@@ -73,9 +72,9 @@ def matmul_peak(device: torch.device, kind: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def usage(keeper: "Keeper", net: nn.Module, few: Resident, reduce: AllReduce | None) -> dict[str, Any]:
+def usage(keeper: "Keeper", net: nn.Module, few: Resident) -> dict[str, Any]:
     """The record of a training that has ended, of rank 0 since its last start; energy is that of all ranks and starts."""
-    return {**_energy(keeper), **_steps(keeper, net, few, reduce)}
+    return {**_energy(keeper), **_steps(keeper, net, few)}
 
 
 def _energy(keeper: "Keeper") -> dict[str, Any]:
@@ -93,8 +92,8 @@ def _energy(keeper: "Keeper") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _steps(keeper: "Keeper", net: nn.Module, few: Resident, reduce: AllReduce | None) -> dict[str, Any]:
-    clock, shape, world = keeper.clock.figures(), keeper.loader.shape, keeper.loader.world
+def _steps(keeper: "Keeper", net: nn.Module, few: Resident) -> dict[str, Any]:
+    clock, shape, world, reduce = keeper.clock.figures(), keeper.loader.shape, keeper.loader.world, keeper.reduce
     seconds = {**{part: clock[f"{part}_s"] for part in PARTS}, "checkpoint": clock["stall_s"]}
     whole = sum(seconds.values())
     if not clock["steps"]:

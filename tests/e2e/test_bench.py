@@ -129,3 +129,15 @@ def test_recovery(tmp_path: Path) -> None:
     assert figures["kills"] == 4 and figures["hangs"] == 1 and figures["trainings"] >= 1 and figures["checkpoints"] > 0
     assert {"kill_to_step_p95_s", "hang_to_step_p95_s", "supervisor_kill_ratio", "steps_lost_p95"} <= set(figures)
     assert 0 < figures["checkpoint_stall_share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_energy(tmp_path: Path) -> None:
+    body = run("energy", tmp_path)
+    figures = body["figures"]
+    assert figures["weights_max_abs_diff"] == 0.0 and figures["kills"] == 2
+    assert figures["over_cap_share"] <= 0.01 < figures["over_cap_share_uncapped"]
+    assert figures["meter_cost_share"] < 0.005 and figures["joules_saved_share"] is None
+    assert figures["estimated"] == figures["meter"].startswith("estimate")
+    assert all(row["meter"].startswith("RAPL") and row["windows"] > 10 for row in body["rows"])
