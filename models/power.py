@@ -41,6 +41,7 @@ class PowerSaver(pl.Callback):
         self.debt = self.largest = 0.0  # joules
         self.counted, self.seen = self.energy.at, (self.energy.tally["joules"], self.energy.tally["seconds"])
         self.rests = [0.0, 0.0]  # joules and seconds
+        self.going = False  # what the start has used is paid
         self.told: set[str] = set()
         self.start, self.looked, self.lead = 0, -math.inf, Tally(keeper.folder / "energy-0")
         if keeper.rank == 0:
@@ -86,11 +87,15 @@ class PowerSaver(pl.Callback):
             return False
         self._count()
         self.largest = max(self.debt, 0.999 * self.largest)
+        if self.going and self.cap * (1 - SPARE) - self.debt / self.window < (self.cap + self.at_rest) / 2:
+            window = duration_text(self.power.window)
+            self._tell("steps", f"steps are long for a window of {window}; the mean of several keeps the cap")
         began = self.energy.at
         while self.debt > 0 and not self.keeper.asked and not self._in_vain(self.counted - began):
             time.sleep(min(SLICE_S, max(1e-3, self.debt / max(1e-9, self._aim() - self.at_rest))))
             self.keeper.beat()
             self._count(resting=True)
+        self.going = True
         self.keeper.clock.skip()
         return True
 
@@ -112,16 +117,12 @@ class PowerSaver(pl.Callback):
 
     def _aim(self) -> float:
         """Watts, below the cap by what a debt may add to a window."""
-        aim, least = self.cap * (1 - SPARE) - self.largest / self.window, (self.cap + self.at_rest) / 2
-        if aim < least:
-            window = duration_text(self.power.window)
-            self._tell("steps", f"steps are long for a window of {window}; the mean of several keeps the cap")
-        return max(aim, least)
+        return max(self.cap * (1 - SPARE) - self.largest / self.window, (self.cap + self.at_rest) / 2)
 
     def _in_vain(self, rested: float) -> bool:
         """Whether to rest on is of no use: the machine draws more than the cap anyhow, or the other ranks wait too long."""
-        if rested > 1:
-            self._tell("rest", f"below {self.power.cap_watts:g} W a step needs more than a second of rest, and takes it")
+        if rested > 1 and self.going:
+            self._tell("rest", f"below {self.power.cap_watts:g} W training rests for more than a second at a time")
         if rested > self.window and self.at_rest >= self.cap:
             self.debt = 0.0
             shown = f"{self.energy.meter.name} shows {self.at_rest * self.world:.3g} W while training rests"

@@ -331,7 +331,7 @@ def test_a_cap_below_what_rest_takes_is_refused(zygote: Zygote, arrays: Path, tm
 @pytest.mark.slow
 def test_a_cap_that_leaves_little_is_kept_slowly_and_said(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     run(zygote, tmp_path, job(arrays, "train.power={cap_watts: 40, busy_watts: 1000, idle_watts: 0}", epochs=1))
-    assert any("below 40 W a step needs more than a second of rest, and takes it" in note for note in record(tmp_path)[1])
+    assert any("below 40 W training rests for more than a second at a time" in note for note in record(tmp_path)[1])
     assert read_json(tmp_path / "usage.json")["watts"] < 40 * 1.02
 
 
