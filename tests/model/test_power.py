@@ -288,13 +288,13 @@ def test_sigterm_ends_a_pause_with_a_checkpoint(watch: Zygote, arrays: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "options"), [(1, ()), (2, ()), (2, ("train.strategy=fsdp", "train.network.width=128"))])
 def test_a_capped_training_is_killed_and_ends_in_the_same_weights(
-    zygote: Zygote, arrays: Path, tmp_path: Path, ranks: int
+    zygote: Zygote, arrays: Path, tmp_path: Path, ranks: int, options: tuple[str, ...]
 ) -> None:
-    run(zygote, tmp_path / "calm", job(arrays), ranks=ranks)
+    run(zygote, tmp_path / "calm", job(arrays, *options), ranks=ranks)
     hit = strike(zygote, tmp_path / "hit", [5, 40], signal.SIGKILL)
-    run(zygote, tmp_path / "hit", job(arrays, CAP, every_us=1), ranks=ranks)
+    run(zygote, tmp_path / "hit", job(arrays, *options, CAP, every_us=1), ranks=ranks)
     hit.join()
     assert len(record(tmp_path / "hit")[0]) == 2
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
