@@ -36,19 +36,20 @@ test: setup  ## the everyday tests
 test-slow: test-slow-flows test-slow-parts  ## kills, scheduler, full data
 
 test-slow-flows: setup
-	@$(BIN)/python -m pytest -m slow tests/e2e
+	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e
 
 test-slow-parts: setup
-	@$(BIN)/python -m pytest -m slow --ignore tests/e2e
+	@$(BIN)/python -m pytest -m slow --durations=12 --ignore tests/e2e
 
 test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of the three parts at once)
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-lock: setup  ## resolves requirements.lock anew
+lock: setup  ## resolves requirements.lock anew (MLflow wants an older importlib-metadata than it needs)
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --no-annotate --no-header -q \
-	  -c <(printf 'torch==2.13.0\npyarrow<26\n') | grep -vE '^(torch==|triton|cuda-|nvidia-(cu|nccl|nv[jts]))' > requirements.lock
+	  -c <(printf 'torch==2.13.0\npyarrow<26\n') --override <(echo 'importlib-metadata>=8') \
+	  | grep -vE '^(torch==|triton|cuda-|nvidia-(cu|nccl|nv[jts]))' > requirements.lock
 
 schema: setup  ## pipelines/schema.json, for editors
 	@$(BIN)/millrace schema

@@ -70,7 +70,8 @@ def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path) ->
     bundle.mkdir()
     for path in files_in:
         shutil.copyfile(path, bundle / path.name)
-    (bundle / "spec.json").write_text(json.dumps(spec.model_dump(mode="json", by_alias=True), sort_keys=True, indent=1))
+    body = spec.model_dump(mode="json", by_alias=True, exclude={"tracking"})
+    (bundle / "spec.json").write_text(json.dumps(body, sort_keys=True, indent=1))
     about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features")}
     write_json(bundle / "bundle.json", about)
 

@@ -50,7 +50,7 @@ from pipelines.run import run_lock
 from pipelines.spec import Spec
 
 OURS = ("runs", "releases", "predictions", "scores", "quarantine", "events", "backfills", "studies", "lineage")
-SHARED = ("artifacts", "bentoml", "prefect", "errors", "mlflow")
+SHARED = ("artifacts", "bentoml", "prefect", "errors", "mlflow", "wandb")
 FLUSHED = 2  # times the promised age of a logged answer
 TEXT = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".log", "")
 

@@ -123,7 +123,7 @@ def gather(spec: Spec, home: Home, run: Run, manifest: Mapping[str, Any]) -> Fin
         shares=_read(at, "training_set", "counts.json").get("positive_share", {}),
         features=features,
         trials=_trials(_read(at, "tune", "trials.json").get("trials", ())),
-        learning=_learning(_read(at, "train", "curves.json")),
+        learning=learning_of(_read(at, "train", "curves.json")),
         candidates=tuple(_read(at, "train", "choice.json").get("candidates", ())),
         weights=_weights(at["train"], weighed, features), weighed=weighed,
         notes=tuple(map(str, read_json(notes)["notes"])) if notes.is_file() else (),
@@ -148,7 +148,7 @@ def _trials(items: Iterable[Mapping[str, Any]]) -> tuple[Trial, ...]:
     return tuple(replace(t, best=best.get(t.study) == (t.loss, t.slot)) for t in found)
 
 
-def _learning(curves: Mapping[str, Iterable[Any]]) -> tuple[Learning, ...]:
+def learning_of(curves: Mapping[str, Iterable[Any]]) -> tuple[Learning, ...]:
     """Networks leave a record for each epoch, trees the log loss of each round."""
     found = []
     for model, points in curves.items():

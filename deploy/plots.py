@@ -179,6 +179,18 @@ def learning_curve(one: Learning) -> Markup:
     return _svg(axes, f"learning-{one.model}", f"Learning curve of {one.model}")
 
 
+def learning_curves(a: Learning, b: Learning) -> Markup:
+    """Log loss by epoch or round of the same model in two runs: the first dashed, the second in full."""
+    paint, count = _PAINT.get(a.model, _PAINT[CHALLENGER]), max(len(a.losses), len(b.losses))
+    axes = _course(224, above=1.06, y="log loss on valid_fit", x=a.steps)
+    for one, colour, dashes in ((a, _SOFT, (0, (4, 2))), (b, paint, "-")):
+        axes.plot(range(1, len(one.losses) + 1), one.losses, color=colour, lw=1.8, ls=dashes)
+        axes.plot([one.kept], [one.losses[one.kept - 1]], "o", ms=9, mfc="none", mec=colour, mew=1.8)
+    if count <= 40:
+        axes.set(xlim=(0.6, count + 0.4), xticks=range(1, count + 1, max(1, count // 10)))
+    return _svg(axes, f"both-{a.model}", f"Learning curves of {a.model} in both runs")
+
+
 def stages(costs: Sequence[Mapping[str, Any]]) -> Markup:
     """Seconds, and CPU seconds below them, of every stage."""
     axes = _axes(460, 34 + 36 * len(costs), left=104, right=58, top=2, bottom=6)

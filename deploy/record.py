@@ -3,12 +3,13 @@
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.rollout import Released
+from deploy.tracking import Told
 from features.ingest import inputs_of, read_snapshot
 from features.rows import PARTS, split_bounds
 from features.store import FeatureSet
@@ -34,6 +35,7 @@ class Outcome:
     result_digest: str
     report: str
     line: str = ""
+    tracking: tuple[str, ...] = ()  # for each tracker how to see the run there, or why it is not there
 
 
 def write_record(
@@ -74,6 +76,18 @@ def write_record(
     return outcome_of(home, manifest)
 
 
+def write_told(spec: Spec, home: Home, run: Run, told: Sequence[Told]) -> Outcome:
+    """Notes in the record of a finished run how it went with the trackers; on its report, where one of them failed."""
+    from deploy.report import write_report
+
+    path = run.folder(home) / "manifest.json"
+    manifest = {**_without_format(read_json(path)), "tracking": [asdict(one) for one in told]}
+    if not all(one.ok for one in told):
+        write_report(spec, home, run, manifest)
+    write_json(path, manifest)
+    return outcome_of(home, manifest)
+
+
 def _emit(home: Home, run: Run, manifest: Mapping[str, Any]) -> None:
     """Lineage of a finished run: from the tables of its snapshot to its training set, and its release where there is one."""
     rows = sum(manifest["counts"][part] for part in PARTS)
@@ -104,7 +118,8 @@ def outcome_of(home: Home, manifest: Mapping[str, Any], *, as_word: str = "") ->
     report = manifest.get("report") or home.relative(folder / "report.html")
     word = as_word or manifest["outcome"]
     return Outcome(word, manifest["pipeline"], manifest["run_id"], manifest["release"], tuple(manifest["reasons"]),
-                   manifest["result_digest"], report, f"{word}: run {manifest['run_id']}")  # fmt: skip
+                   manifest["result_digest"], report, f"{word}: run {manifest['run_id']}",
+                   tuple(Told(**one).words for one in manifest.get("tracking", ())))  # fmt: skip
 
 
 def last_outcome(home: Home, run: Run) -> Outcome:

@@ -83,19 +83,9 @@ def write_report(spec: Spec, home: Home, run: Run, manifest: Mapping[str, Any]) 
 
 def render(found: Findings, page: str) -> str:
     """The text of a page, `report.html` or `model_card.md`."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "num": number, "span": _span, "moment": moment, "duration": duration_text, "percent": percent, "value": _value,
-        "count": lambda value: f"{value:,}", "words": lambda text: str(text).replace("_", " "), "capital": _capital,
-        "json": lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str),
-        "md": _markdown, "tone": tone,
-    }  # fmt: skip
     manifest, evaluation = found.manifest, found.evaluation
     with plots.style():
-        return environment.get_template(f"{page}.j2").render(
+        return environment().get_template(f"{page}.j2").render(
             found=found, spec=found.spec, run=found.run, manifest=manifest, evaluation=evaluation, plots=plots,
             lead=_lead(found), whys=_whys(found), tiles=list(_tiles(found)), asked=_asked(found.spec), curl=_curl(found),
             tables=_tables(found), funnel=_funnel(found), parts=_parts(found), models=models(evaluation),
@@ -105,6 +95,20 @@ def render(found: Findings, page: str) -> str:
             parameters=_parameters(found), provenance=_provenance(found), format_version=FORMAT_VERSION,
             used=list(_used(manifest.get("training", {}).get("usage", {}))),
         )  # fmt: skip
+
+def environment() -> Environment:
+    """What the templates of this folder are filled in by, with the words that they use."""
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.filters |= {
+        "num": number, "span": _span, "moment": moment, "duration": duration_text, "percent": percent, "value": _value,
+        "count": lambda value: f"{value:,}", "words": lambda text: str(text).replace("_", " "), "capital": _capital,
+        "json": lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str),
+        "md": _markdown, "tone": tone,
+    }  # fmt: skip
+    return made
 
 
 # What the pages show

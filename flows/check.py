@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deploy.tracking import require
 from features.frame import feature_list, resolve
 from features.ingest import landed_files
 from features.landed import column_names
@@ -53,6 +54,10 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
             load_class(spec.train)
         except UsageError as error:
             problems.append(str(error))
+    try:
+        require(spec.tracking)
+    except UsageError as error:
+        problems.append(str(error))
     for name, source in spec.sources.items():
         files = landed_files(home.landing(spec.pipeline) / name)
         if not files:

@@ -158,7 +158,10 @@ def check(pipeline: str, overrides: tuple[str, ...]) -> Answer:
 @_set
 def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     """Runs the whole pipeline: from what landed to a verdict and a release."""
+    from deploy.tracking import require
+
     home, spec = open_home(), load_spec(pipeline, overrides)
+    require(spec.tracking)
     _prepared(home)
     with run_lock(home, spec.pipeline):
         pass  # said at once, before anything heavy starts; the flow takes it for itself
@@ -168,6 +171,7 @@ def run(pipeline: str, as_of: str | None, overrides: tuple[str, ...]) -> Answer:
     lines = [f"{outcome.outcome}: {outcome.release or 'no champion'} (run {outcome.run_id})"]
     lines += [f"  {reason}" for reason in outcome.reasons]
     lines += [f"report: {report}"] + ([f"result_digest: {outcome.result_digest}"] if outcome.result_digest else [])
+    lines += outcome.tracking
     return {"text": "\n".join(lines), **asdict(outcome), "report": str(report), "exit_code": code}
 
 
@@ -315,15 +319,40 @@ def releases(pipeline: str) -> Answer:
 
 @_verb
 @_pipeline
+@click.argument("compare", nargs=-1, metavar="[A B]")
+def runs(pipeline: str, compare: tuple[str, ...]) -> Answer:
+    """The runs of a pipeline, or two of them side by side: names, how they begin, or `champion`."""
+    from deploy.runs import HEAD, list_runs
+
+    home, spec = open_home(), load_spec(pipeline)
+    if len(compare) not in (0, 2):
+        raise UsageError(f"give two runs to compare, or none to list them; found {len(compare)}")
+    if compare:
+        from deploy.compare import compare_runs, words
+
+        found, page = compare_runs(home, spec.pipeline, compare)
+        return {"text": "\n".join((*words(found), f"page: {page}")), "same": found.same, "rows": found.rows, "page": str(page),
+                "gains": {m: asdict(gain) for m, gain in found.gains.items()},
+                "differences": {s: [asdict(d) for d in ds] for s, ds in found.differences.items()}}  # fmt: skip
+    listed = list_runs(home, spec.pipeline)
+    lines = [HEAD, *(run.line for run in listed)] if listed else [f"{spec.pipeline} has no run: type `millrace run {pipeline}`"]
+    return {"text": "\n".join(lines), "runs": [asdict(run) for run in listed]}
+
+
+@_verb
+@_pipeline
 @click.option("--to", help="Release to go back to; default: the one before the champion.")
 @click.option("--why", default="by hand", help="Reason, for the log.")
 def rollback(pipeline: str, to: str | None, why: str) -> Answer:
     """Makes an earlier release the champion again."""
     from deploy.rollout import rollback as back
+    from deploy.tracking import mirror
 
-    release = back(open_home(), load_spec(pipeline).pipeline, to=to, why=why)
-    return {"text": f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`",
-            "release": release.release}  # fmt: skip
+    home, spec = open_home(), load_spec(pipeline)
+    release = back(home, spec.pipeline, to=to, why=why)
+    note = mirror(home, spec.pipeline, spec.tracking)
+    text = f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`"
+    return {"text": "\n".join(filter(None, (text, note))), "release": release.release, "note": note}
 
 
 @_verb

@@ -76,17 +76,17 @@ def train_candidates(
 
 def world(spec: Spec) -> tuple[int, str]:
     """Number of ranks, and what they run on. The driver is asked by a file, never through CUDA."""
-    devices = _devices()
-    ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, devices)
-    return ranks, "gpu" if devices >= ranks and devices else "cpu"
+    found = devices()
+    ranks = spec.train.ranks if isinstance(spec.train.ranks, int) else max(1, found)
+    return ranks, "gpu" if found >= ranks and found else "cpu"
 
 
-def _devices() -> int:
+def devices() -> int:
     """GPUs that the driver has now, of those that this process may use."""
-    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        devices = min(devices, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
-    return devices
+        found = min(found, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    return found
 
 
 def _follow_devices(folder: Path, ranks: int) -> Callable[[], None]:
@@ -96,7 +96,7 @@ def _follow_devices(folder: Path, ranks: int) -> Callable[[], None]:
     def look() -> None:
         nonlocal working
         wanted = ranks
-        while wanted > max(1, _devices()):
+        while wanted > max(1, devices()):
             wanted //= 2
         if wanted != working:
             working = wanted

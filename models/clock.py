@@ -8,11 +8,12 @@ PARTS = ("data", "forward", "backward", "optimizer", "other")
 class Clock:
     """Seconds of one rank's loop: what each part of a step takes, and what checkpoints cost it.
 
+    The first step, which also compiles and allocates, is told by itself and counts nowhere else.
     On a CPU a part's seconds are those of its work. On a GPU, which works behind the loop, they are those of giving it out.
     """
 
     def __init__(self) -> None:
-        self.began = self.last = self.mark = 0.0
+        self.began = self.last = self.mark = self.first_s = 0.0
         self.wrote = False
         self.stall_s, self.checkpoints, self.updates = 0.0, 0, 0
         self.steps = {False: [0, 0.0], True: [0, 0.0]}  # while a checkpoint is written: number and seconds
@@ -37,8 +38,11 @@ class Clock:
     def step(self, *, writing: bool) -> None:
         """A step has ended; the time since the last end is its."""
         self.end_of("other")
-        kind = self.steps[writing or self.wrote]
-        kind[0], kind[1] = kind[0] + 1, kind[1] + self.mark - self.last
+        if not self.first_s:
+            self.first_s, self.parts = self.mark - self.last, dict.fromkeys(PARTS, 0.0)
+        else:
+            kind = self.steps[writing or self.wrote]
+            kind[0], kind[1] = kind[0] + 1, kind[1] + self.mark - self.last
         self.last, self.wrote = self.mark, writing
 
     def stalled(self, seconds: float) -> None:
@@ -53,7 +57,7 @@ class Clock:
         parts = {f"{name}_s": seconds for name, seconds in self.parts.items()}
         return {"loop_s": time.perf_counter() - self.began, "steps": self.steps[False][0] + self.steps[True][0],
                 "checkpoints": self.checkpoints, "stall_s": self.stall_s, "step_quiet_s": mean[False],
-                "step_writing_s": mean[True], **parts}  # fmt: skip
+                "step_writing_s": mean[True], "first_step_s": self.first_s, **parts}  # fmt: skip
 
     def table(self) -> str:
         """Share of each part in the loop's time, and milliseconds of a step."""

@@ -14,7 +14,7 @@ from pipelines.spec import Spec
 # what the answer to a question does not depend on: where it is served, and on how many processes
 _NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store"},
                "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile", "power"},
-               "tune": {"workers"}, "sample": True, "monitor": True, "versions": True}  # fmt: skip
+               "tune": {"workers"}, "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
 
 
 def result_spec(spec: Spec) -> dict[str, Any]:

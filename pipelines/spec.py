@@ -68,6 +68,18 @@ def _rate(value: Any) -> float | Literal["auto"]:
     raise ValueError(f"{value!r} is no learning rate: write a number above 0, or auto")
 
 
+def _listed(value: Any) -> Any:
+    """One word as a list of it; none, or nothing, as an empty list."""
+    listed = [] if value in (None, "none") else [value] if isinstance(value, str) else value
+    return [v for i, v in enumerate(listed) if v not in listed[:i]] if isinstance(listed, list | tuple) else listed
+
+
+TrackerName = Literal["mlflow", "tensorboard", "wandb"]
+Trackers = Annotated[
+    tuple[TrackerName, ...], BeforeValidator(_listed),
+    WithJsonSchema({"anyOf": [{"enum": ["none", *get_args(TrackerName)]},
+                              {"type": "array", "items": {"enum": [*get_args(TrackerName)]}, "uniqueItems": True}]}),
+]  # fmt: skip
 Rate = Annotated[
     float | Literal["auto"], BeforeValidator(_rate),
     WithJsonSchema({"anyOf": [{"exclusiveMinimum": 0, "type": "number"}, {"const": "auto"}]}),
@@ -748,6 +760,12 @@ class Spec(Model):
     serve: Serve = Serve()
     monitor: Monitor = Monitor()
     versions: Versions = Versions()
+    tracking: Trackers = Field((), description="who is told of each run: mlflow, tensorboard, wandb, or a list of them")
+
+    @model_serializer(mode="wrap")
+    def _only_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is not used stands in no digest."""
+        return {k: v for k, v in dump(self).items() if k != "tracking" or v}
 
     @model_validator(mode="before")
     @classmethod

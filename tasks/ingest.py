@@ -1,6 +1,7 @@
 """Stage 1: what landed becomes a snapshot, and the run's inputs are pinned."""
 
 from deploy.rollout import champion, take_in
+from deploy.tracking import require
 from features.ingest import cut, inputs_of, read_snapshot, write_arrivals
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
@@ -15,6 +16,7 @@ from tasks.policy import stage
 def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None = None) -> Run:
     """Landing → objects → snapshot; takes up an unfinished run of the same spec, else pins a new one."""
     home, spec = open_home(), load_spec(pipeline, overrides or [])
+    require(spec.tracking)
     left = unfinished(home, spec.pipeline)
     if left and left.spec_digest == digest_of(result_spec(spec)) and as_of in (None, iso(left.as_of_us)):
         return take_up(home, left, spec)

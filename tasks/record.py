@@ -1,7 +1,8 @@
 """The record of a run: manifest, report and model card. Written after the pointer has moved."""
 
-from deploy.record import Outcome, write_record
+from deploy.record import Outcome, write_record, write_told
 from deploy.rollout import Released
+from deploy.tracking import settle
 from features.store import FeatureSet
 from features.versions import track
 from pipelines.manifest import Artifact
@@ -19,4 +20,6 @@ def record(
     stages = {"contract": checked, "training_set": data, "tune": study, "train": model, "evaluate": verdict,
               "package": bento, "preflight": flight}  # fmt: skip
     version = track(home, run.pipeline, run.snapshot, spec.versions.remote)
-    return write_record(spec, home, run, features, stages, released, version)
+    outcome = write_record(spec, home, run, features, stages, released, version)
+    told = settle(home, run)
+    return write_told(spec, home, run, told) if told else outcome

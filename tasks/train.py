@@ -1,5 +1,6 @@
 """Stage 6: the network on N ranks, LightGBM on the same rows, calibration and choice on valid_select."""
 
+from deploy.tracking import follow
 from models.candidate import train_candidates
 from models.job import own_code
 from pipelines.manifest import Artifact, make_artifact
@@ -19,6 +20,7 @@ def train(run: Run, data: Artifact, study: Artifact) -> Artifact:
     """Every candidate, calibrated, and which of them is chosen. Resumes from the newest checkpoint."""
     home, spec = opened(run)
     job = run.folder(home) / "checkpoints"
+    follow(home, run)
     with bar("train") as progress:
         return make_artifact(
             home.root, "train", _key(run, data, study),

@@ -141,3 +141,32 @@ def test_energy(tmp_path: Path) -> None:
     assert figures["meter_cost_share"] < 0.005 and figures["joules_saved_share"] is None
     assert figures["estimated"] == figures["meter"].startswith("estimate")
     assert all(row["meter"].startswith("RAPL") and row["windows"] > 10 for row in body["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_train_loop(tmp_path: Path) -> None:
+    figures = run("train_loop", tmp_path)["figures"]
+    assert min(figures[k] for k in ("ratio_to_handwritten", "ratio_to_handwritten_1024", "streaming_ratio_to_resident")) > 0
+    assert figures["speedup_vs_row_dataset"] > 1
+    for feed in ("memory", "stream"):
+        assert 0 < figures["data_wait_share"][feed] < 1 - figures["busy_share"][feed] < 1 and figures["peak_rss_mb"][feed] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ddp(tmp_path: Path) -> None:
+    figures = run("ddp", tmp_path)["figures"]
+    assert figures["weights_max_abs_diff"] < 1e-4 and figures["efficiency_2"] > 0 and figures["ratio_to_handwritten_ddp"] > 0
+    assert figures["prediction"] is True and figures["fit_error"] < 1
+    two, four, many = (figures["predicted_efficiency"][n] for n in ("2", "4", "64"))
+    assert 1 > two > four > many > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_precision(tmp_path: Path) -> None:
+    figures = run("precision", tmp_path)["figures"]
+    speeds = {name for name in figures if "speedup" in name}
+    assert len(speeds) == 3 and all(name.endswith("_cpu") == (figures["device"] == "cpu") for name in speeds)
+    assert max(figures["log_loss"].values()) - min(figures["log_loss"].values()) < 0.01

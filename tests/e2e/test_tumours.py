@@ -16,7 +16,7 @@ import pytest
 from deploy.process import call
 from features.ingest import ingest
 from pipelines.home import Home
-from pipelines.manifest import ROOT, read_json
+from pipelines.manifest import ROOT, file_digest, read_json
 from pipelines.predlog import read_log
 from pipelines.spec import load_spec
 from tests.command import QUICK, millrace
@@ -119,6 +119,22 @@ def test_another_threshold_is_released_with_the_same_model(copied_home: Home) ->
     assert "exactly as the champion does" in done.answer["reasons"][1] and "the same model: AUC" in done.err
     page = Path(done.answer["report"]).read_text(encoding="utf-8")
     assert f"the same model as {before}, packaged anew" in page and "it is better than" not in page
+
+
+@pytest.mark.slow
+def test_a_profile_is_left_by_a_run_that_trains_the_same_model(tumours: tuple[Home, dict[str, Any]], copied_home: Home) -> None:
+    _, first = tumours
+    done = millrace(copied_home.root, "run", "tumours", "--json", sets=(*QUICK, "train.profile=true"))
+    assert done.code == 0, done.err
+    runs = [copied_home.runs("tumours") / run_id for run_id in (first["run_id"], done.answer["run_id"])]
+    models = [copied_home.root / read_json(run / "manifest.json")["stage_paths"]["train"] for run in runs]
+    assert models[0] != models[1]
+    for name in ("model.json", "network.safetensors", "network.onnx"):
+        assert file_digest(models[0] / name) == file_digest(models[1] / name)
+    assert str(runs[1] / "profile") in done.err
+    assert {p.name for p in (runs[1] / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
+    again = millrace(copied_home.root, "run", "tumours", "--json", sets=QUICK)
+    assert again.answer["outcome"] == "unchanged"
 
 
 def test_check_says_what_it_found(tumours_home: Home) -> None:

@@ -217,7 +217,7 @@ def test_ranks_follow_the_gpus_that_the_driver_lists(monkeypatch: pytest.MonkeyP
             told.append(slots)
 
     listed = [4]
-    monkeypatch.setattr(candidate, "_devices", lambda: listed[0])
+    monkeypatch.setattr(candidate, "devices", lambda: listed[0])
     monkeypatch.setattr(candidate, "start_zygote", Parent)
     look = candidate._follow_devices(tmp_path, 4)
     for listed[0] in (4, 3, 3, 1, 0, 4, 4):
