@@ -93,6 +93,7 @@ def render(found: Findings, page: str) -> str:
             metric_titles=METRIC_TITLES, higher=HIGHER_IS_BETTER, best=_best(evaluation), bar=_bar(evaluation),
             gain_in=metric_words(evaluation.metric), slices=slices(found), groups=groups(found),
             parameters=_parameters(found), provenance=_provenance(found), format_version=FORMAT_VERSION,
+            used=list(_used(manifest.get("training", {}).get("usage", {}))),
         )  # fmt: skip
 
 def environment() -> Environment:
@@ -211,6 +212,30 @@ def _provenance(found: Findings) -> list[tuple[str, str]]:
         ("Git commit", manifest["git_commit"]), ("Champion before", run.parent), ("Run", run.run_id),
     ]  # fmt: skip
     return [(name, value) for name, value in listed if value]
+
+
+def _used(usage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What training made of its device, as lines of a table."""
+    if not usage:
+        return
+    if "step_ms" in usage:
+        yield "Rows per second", f"{usage['rows_per_s']:,}, {usage['step_ms']:.3g} ms a step"
+        parts = sorted(usage["split"].items(), key=lambda item: -item[1])
+        yield "A step's time", ", ".join(f"{part.replace('_', '-')} {share:.1%}" for part, share in parts)
+        yield "Device busy", f"{usage['busy_share']:.1%}"
+    if "mfu" in usage:
+        speed, peak = (usage[f"{which}flops_per_s"] / 1e9 for which in ("", "peak_"))
+        yield "Matrix products", f"{speed:,.3g} GFLOP/s on {usage['ranks']} rank(s)"
+        yield "MFU", f"{usage['mfu']:.2%} of {peak:,.3g} GFLOP/s a rank ({usage['peak']})"
+    about = "estimated" if usage["estimated"] else "measured"
+    yield "Energy", f"{usage['joules']:,.4g} J {about}, {usage['watts']:,.3g} W ({usage['meter']})"
+    yield "Carbon", f"{usage['grams']:,.3g} g CO2 at {usage['grams_per_kwh']:g} g per kWh"
+    if usage["rest_s"]:
+        yield "Rest", f"{usage['rest_s']:,.3g} s and {usage['rest_joules']:,.3g} J for train.power"
+    if usage["joules_per_loss"] is not None:
+        bare = usage["joules_per_loss_unpaced"]
+        less = f", {bare:,.3g} J without rest" if usage["rest_s"] and bare is not None else ""
+        yield "Energy per log loss", f"{usage['joules_per_loss']:,.3g} J{less}, by what it lies below that of a constant"
 
 
 # Words

@@ -60,7 +60,7 @@ def train_candidates(
         shutil.copyfile(folder / name, out / name)
     shutil.copyfile(data_folder / "preprocess.json", out / "preprocess.json")
     choice = _choose(data, out)
-    _write(data, choice, outcome, trees, out)
+    _write(data, choice, outcome, trees, out, read_json(folder / "usage.json"))
     profile = ""
     if (folder / PROFILE).is_dir():
         shutil.copytree(folder / PROFILE, run / PROFILE, dirs_exist_ok=True)
@@ -129,7 +129,9 @@ def _choose(data: TrainingSet, out: Path) -> Choice:
     return choose({n: scorer(out / FILES[n]).logit(batch) for n, scorer in scorers.items()}, data.label[rows])
 
 
-def _write(data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str, Trees], out: Path) -> None:
+def _write(
+    data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str, Trees], out: Path, usage: dict[str, Any]
+) -> None:  # fmt: skip
     members = [
         {"name": n, "kind": "network" if n == "network" else "gbdt", "file": FILES[n], "a": c.a, "b": c.b}
         for n, c in choice.calibrations.items()
@@ -146,6 +148,7 @@ def _write(data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str,
     write_json(out / "volatile" / "stats.json", {
         "ranks": outcome.ranks, "restarts": list(outcome.restarts), "notes": list(outcome.notes),
         "network_s": round(outcome.seconds, 3), "parameters": outcome.result.parameters,
+        "usage": {k: v for k, v in usage.items() if k != "format_version"},
     })  # fmt: skip
     rows = [("candidate", "log loss", "AUC")]
     rows += [(c.name, f"{c.log_loss:.4f}", f"{c.auc:.4f}") for c in choice.candidates]

@@ -1,7 +1,8 @@
 """What one training job is told and what it leaves: plain files in its folder, read without torch.
 
-`job.json` in · `progress.jsonl`, `heartbeat-R`, `rank-R.log`, `restarts.json`, `notes.json`, `checkpoints/` while it
-runs · `timing.json`, `profile/`, `network.safetensors`, `network.onnx` (where asked for) and last of all `result.json` out.
+`job.json` in · `progress.jsonl`, `heartbeat-R`, `energy-R`, `rank-R.log`, `restarts.json`, `notes.json`, `checkpoints/` while
+it runs · `timing.json`, `usage.json`, `profile/`, `network.safetensors`, `network.onnx` (where asked for) and last of all
+`result.json` out.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from pipelines.manifest import file_digest, read_json, write_json
 from pipelines.spec import Network, Train
 
 # fields of Train that change no weight
-NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy", "profile")
+NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strategy", "profile", "power")
 LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
 PROFILE = "profile"  # folder, where train.profile asks for it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
@@ -76,9 +77,8 @@ class Job:
 
     def prepare(self, folder: Path) -> None:
         """Writes `job.json`; what another job left in the folder is removed, what this one left stays."""
-        if (folder / "job.json").is_file() and identity(read_json(folder / "job.json")) == identity(self.to_dict()):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "job.json").is_file() or identity(read_json(folder / "job.json")) != identity(self.to_dict()):
+            shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "job.json", self.to_dict())
 
 

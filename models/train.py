@@ -8,7 +8,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import cache
@@ -31,13 +31,16 @@ from models.checkpoints import Writer, newest, snapshot
 from models.clock import Clock
 from models.custom import build, check_logits
 from models.data import Loader, Resident, resident
+from models.energy import Energy, meter_of
 from models.evaluate import auc, log_loss
 from models.find_rate import find_rate, found_rate
 from models.job import LIBRARIES, PROFILE, STOPPED, Epoch, Job, Result, identity, own_code
 from models.module import TabularModule
+from models.power import PowerSaver
 from models.profile import Profile
 from models.shards import Shards
 from models.strategy import finite, trainer_of, whole
+from models.usage import AllReduce, usage
 from pipelines.errors import MillraceError
 from pipelines.manifest import code_digest, library_versions, read_json, write_atomic, write_json
 from pipelines.spec import Train
@@ -68,12 +71,14 @@ def main(folder: Path) -> None:
         check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
     module = _module(net, _with_rate(job, folder, arrays, loader, keeper), steps, split, keeper)
     profiles = [Profile(folder / PROFILE, steps, job.accelerator, keeper.clock)] if job.train.profile and rank == 0 else []
-    trainer = trainer_of(job, world, [keeper, *profiles])
+    savers = [PowerSaver(job.train.power, keeper, world)] if job.train.power.wanted() else []
+    trainer = trainer_of(job, world, [keeper, *profiles, *savers])
     _no_lightning_signals(trainer)
     signal.signal(signal.SIGTERM, keeper.ask if rank == 0 else signal.SIG_IGN)  # the others end with rank 0
     # a user's own module may keep hyper-parameters of any type in the checkpoint
     trainer.fit(module, loader, ckpt_path=keeper.resume(), weights_only=job.train.module is None)
     keeper.beat(END)
+    keeper.energy.look()
     if rank == 0:
         if not keeper.mine():
             raise MillraceError("another job was prepared in this folder")
@@ -159,9 +164,13 @@ class Keeper(pl.Callback):
         self.saved = time.monotonic()
         self.weights: list[torch.nn.Parameter] = []
         self.clock = Clock()
+        self.reduce: AllReduce | None = None
+        self.energy = Energy(meter_of(job.train.power, job.accelerator, self.rank, loader.world), folder / f"energy-{self.rank}")
+        self.farewell = ""  # why training ends where it was not asked from outside
         self.writer = Writer(folder, origin(job), self.say, self.mine)
         heart = folder / f"heartbeat-{self.rank}"
         self.beat = Beat(heart) if heart.is_file() else Beat.make(heart)
+        self.between: Callable[[], Any] = self.beat  # two chunks that are judged
         self.beat(START)
 
     def mine(self) -> bool:
@@ -217,6 +226,8 @@ class Keeper(pl.Callback):
             )
         self.clock.start(trainer.global_step)
         self.weights = list(module.parameters())
+        if self.loader.world > 1 and not self.sharded and self.job.accelerator == "cpu":
+            self.reduce = AllReduce(self.weights)
         if self.job.train.ema is not None or self.job.train.swa is not None:
             self.average = Average(self.weights)
             if self.averaged is not None:
@@ -246,6 +257,8 @@ class Keeper(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.clock.end_of("backward")
+        if self.reduce is not None:
+            self.reduce.done(self.clock.mark)
 
     def _too_large_for_float16(self, trainer: pl.Trainer) -> bool:
         """Whether a gradient is infinite only because of the scaler: it leaves the step out, and scales less from then on."""
@@ -294,6 +307,8 @@ class Keeper(pl.Callback):
         self.bad = False
         self.beat(STEPS, step)
         self.clock.step(writing=self.writer.busy)
+        if self.clock.last > self.energy.due:
+            self.energy.look()
         if not trainer.is_last_batch and self.loader.position % self.together:
             return  # the gradients of a step that is not whole are in no checkpoint
         self.scaled.clear()
@@ -322,6 +337,8 @@ class Keeper(pl.Callback):
         self.clock.stalled(self.saved - now)
         if self.asked:
             self.writer.wait()
+            if self.farewell:
+                raise MillraceError(self.farewell)
             os._exit(STOPPED)
 
     def leave(self) -> None:
@@ -364,7 +381,7 @@ class Keeper(pl.Callback):
         return epoch.log_loss is None or (limit is not None and epoch.log_loss > limit)
 
     def _judge(self) -> Epoch:
-        logit = logits(self.net, self.valid, self.beat)
+        logit = logits(self.net, self.valid, self.between)
         self.beat()
         label = self.valid.label.numpy().astype(np.float64)
         loss, self.losses = float(np.mean(self.losses)) if self.losses else float("nan"), []
@@ -375,7 +392,7 @@ class Keeper(pl.Callback):
         return Epoch(len(self.curve) + 1, mean, log_loss(label, p), auc(label, p))
 
 
-def logits(net: nn.Module, rows: Resident, beat: Beat | None = None, chunk: int = 8_192) -> np.ndarray:
+def logits(net: nn.Module, rows: Resident, beat: Callable[[], Any] | None = None, chunk: int = 8_192) -> np.ndarray:
     """Logits of rows without dropout, float64; `beat` is told of every chunk."""
     was, device = net.training, next(net.parameters()).device
     net.eval()
@@ -392,6 +409,7 @@ def logits(net: nn.Module, rows: Resident, beat: Beat | None = None, chunk: int 
 def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:
     net = build(job.train, arrays.preprocess, job.seed, keeper.steps)
     if job.export and keeper.best and not keeper.stopped:
+        write_json(folder / "usage.json", usage(keeper, net, resident(arrays, "valid_fit", 8)))
         from models.export import export_onnx  # ONNX Runtime: the supervisor imports it once the ranks are at work
 
         save_weights(keeper.best, folder / "network.safetensors")

@@ -13,7 +13,7 @@ from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
 _NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store"},
-               "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile"},
+               "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile", "power"},
                "tune": {"workers"}, "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class Run:
         return home.runs(self.pipeline) / self.run_id
 
     def spec(self, home: Home) -> Spec:
-        """The spec as it was when the run was pinned, with the features that were chosen since."""
+        """The spec as it was when the run was pinned or taken up, with the features that were chosen since."""
         return spec_from((home.root / self.chosen if self.chosen else self.folder(home)) / "spec.json")
 
     def with_features(self, home: Home, chosen: Artifact) -> "Run":
@@ -104,6 +104,12 @@ def unfinished(home: Home, pipeline: str) -> Run | None:
     newest = max(open_ones, key=lambda f: (f / "inputs.json").stat().st_mtime_ns)
     body = read_json(newest / "inputs.json")
     return Run(**_pinned(body))
+
+
+def take_up(home: Home, run: Run, spec: Spec) -> Run:
+    """An unfinished run, with those settings of today's spec on which its result does not depend."""
+    write_json(run.folder(home) / "spec.json", spec.model_dump(mode="json", by_alias=True))
+    return run.says(f"takes up run {run.run_id} where it was left")
 
 
 def pin(

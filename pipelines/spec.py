@@ -6,6 +6,7 @@ YAML says what, Python says how. Every field has its meaning and unit here, and 
 import re
 from collections import Counter
 from contextlib import suppress
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -497,6 +498,63 @@ class Network(Model):
     sigma: float = Field(0.2, gt=0, description="scale of the initial frequencies")
 
 
+class Power(Model):
+    """What training may use of power, energy and carbon, and how these are reckoned. It changes no weight."""
+
+    cap_watts: float | None = Field(
+        None, gt=0, description="mean power that the ranks together stay below, by resting between steps"
+    )
+    window: Duration = Field(
+        5 * 1_000_000, ge=500_000, validate_default=True, description="time over which cap_watts is a mean"
+    )
+    gpu_limit: bool = Field(False, description="let the GPU's driver hold cap_watts too, where this user may set its limit")
+    joules: float | None = Field(
+        None, gt=0, description="energy after which training stops with a checkpoint; it resumes where more is allowed"
+    )
+    grams: float | None = Field(None, gt=0, description="the same in g CO2")
+    grams_per_kwh: float = Field(475.0, ge=0, description="g CO2 of a kWh of electricity here; default: about the world's mean")
+    cheap_hours: tuple[str, ...] = Field((), description="hours of the day such as 22-6 in which training goes on; else it waits")
+    zone: Zone = Field("UTC", description="time zone of cheap_hours")
+    busy_watts: float = Field(3.5, gt=0, description="power of a busy core, for the estimate where no meter can be read")
+    idle_watts: float = Field(0.74, ge=0, description="power of an idle core, for the estimate")
+
+    @field_validator("cheap_hours")
+    @classmethod
+    def _hours(cls, spans: tuple[str, ...]) -> tuple[str, ...]:
+        for span in spans:
+            found = re.fullmatch(r"(\d{1,2})-(\d{1,2})", span)
+            if found is None or int(found[1]) > 23 or int(found[2]) > 24 or int(found[1]) == int(found[2]) % 24:
+                raise ValueError(f"{span!r} are no hours of a day: write two whole ones such as 22-6")
+        return spans
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Power":
+        if self.idle_watts >= self.busy_watts:
+            raise ValueError(f"idle_watts {self.idle_watts:g} is not below busy_watts {self.busy_watts:g}")
+        if self.gpu_limit and self.cap_watts is None:
+            raise ValueError("gpu_limit needs to know the limit: give cap_watts too")
+        return self
+
+    def wanted(self) -> bool:
+        """Whether training is to do anything about its power."""
+        return bool(self.cap_watts or self.joules or self.grams or self.cheap_hours)
+
+    def share(self, count: int) -> "Power":
+        """What one of so many trainings at a time may use. Budgets are for the one that is shipped."""
+        cap = self.cap_watts / count if self.cap_watts else None
+        return self.model_copy(update={"cap_watts": cap, "joules": None, "grams": None})
+
+    def cheap(self, us: int) -> bool:
+        """Whether training may go on at this time (µs UTC)."""
+        hour = datetime.fromtimestamp(us / 1e6, ZoneInfo(self.zone)).hour
+        spans = [tuple(int(h) for h in span.split("-")) for span in self.cheap_hours]
+        return not spans or any(a <= hour < b if a < b else hour >= a or hour < b for a, b in spans)
+
+    def grams_of(self, joules: float) -> float:
+        """g CO2 of so much electricity."""
+        return joules / 3.6e6 * self.grams_per_kwh
+
+
 class Train(Model):
     """Training of the network, by PyTorch Lightning."""
 
@@ -542,6 +600,7 @@ class Train(Model):
     )
     compile: bool = Field(False, description="run the network through torch.compile; where that fails a note says why")
     profile: bool = Field(False, description="leave a trace of 20 steps and a table of what they spend in the run's folder")
+    power: Power = Field(Power(), description="caps and budgets of power, energy and carbon")
     patience: int = Field(2, ge=1, description="epochs without gain on valid_fit before stopping")
     checkpoint_every: Duration = Field(
         20 * 1_000_000, gt=0, description="wall time between checkpoints", validate_default=True
@@ -598,7 +657,7 @@ class Train(Model):
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
     "strategy", "trainer", "module", "gradient_checkpointing", "feed", "feed_memory_mb",
-    "profile",
+    "profile", "power",
 })  # fmt: skip
 
 

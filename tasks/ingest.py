@@ -7,7 +7,7 @@ from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
 from pipelines.lineage import emit
 from pipelines.manifest import code_digest, digest_of
-from pipelines.run import Run, accepted, pin, result_spec, unfinished
+from pipelines.run import Run, accepted, pin, result_spec, take_up, unfinished
 from pipelines.spec import load_spec
 from tasks.policy import stage
 
@@ -19,7 +19,7 @@ def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None 
     require(spec.tracking)
     left = unfinished(home, spec.pipeline)
     if left and left.spec_digest == digest_of(result_spec(spec)) and as_of in (None, iso(left.as_of_us)):
-        return left.says(f"takes up run {left.run_id} where it was left")
+        return take_up(home, left, spec)
     snapshot = take_in(spec, home)
     at = parse_time(as_of) if as_of else snapshot.watermark_us
     snapshot = cut(spec, home, snapshot, at)

@@ -133,6 +133,18 @@ def test_recovery(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_energy(tmp_path: Path) -> None:
+    body = run("energy", tmp_path)
+    figures = body["figures"]
+    assert figures["weights_max_abs_diff"] == 0.0 and figures["kills"] == 2
+    assert figures["over_cap_share"] <= 0.01 < figures["over_cap_share_uncapped"]
+    assert figures["meter_cost_share"] < 0.005 and figures["joules_saved_share"] is None
+    assert figures["estimated"] == figures["meter"].startswith("estimate")
+    assert all(row["meter"].startswith("RAPL") and row["windows"] > 10 for row in body["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_train_loop(tmp_path: Path) -> None:
     figures = run("train_loop", tmp_path)["figures"]
     assert min(figures[k] for k in ("ratio_to_handwritten", "ratio_to_handwritten_1024", "streaming_ratio_to_resident")) > 0

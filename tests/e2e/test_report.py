@@ -231,6 +231,23 @@ def test_what_happened_to_the_ranks_is_told_where_something_happened(made: Made)
     assert "while the network was trained" not in made.saying(training={"restarts": [], "notes": []}).write().text
 
 
+def test_what_training_made_of_its_device_is_told(made: Made) -> None:
+    usage = {
+        "step_ms": 8.88, "rows_per_s": 7_207, "split": {"data": 0.093, "backward": 0.282, "all_reduce": 0.625},
+        "busy_share": 0.81,
+        "flops_per_s": 96_866_839, "peak_flops_per_s": 38_458_479_416, "mfu": 0.0025, "ranks": 2, "peak": "a product, measured",
+        "meter": "estimate: so", "estimated": True, "joules": 41.2, "watts": 1.76, "grams": 0.0054, "grams_per_kwh": 475.0,
+        "rest_s": 2.77, "rest_joules": 4.1, "joules_per_loss": 236.9, "joules_per_loss_unpaced": 213.3,
+    }  # fmt: skip
+    quiet = {"restarts": [], "notes": []}
+    text = " ".join(made.saying(training={**quiet, "usage": usage}).write().check().text.split())
+    for words in ("all-reduce 62.5%, backward 28.2%, data 9.3%", "0.25% of 38.5 GFLOP/s a rank (a product, measured)",
+                  "41.2 J estimated, 1.76 W (estimate: so)", "0.0054 g CO2 at 475 g per kWh",
+                  "2.77 s and 4.1 J for train.power", "237 J, 213 J without rest"):  # fmt: skip
+        assert words in text, words
+    assert "made of its device" not in made.saying(training=quiet).write().text
+
+
 def test_the_model_card_has_its_sections_in_order(made: Made) -> None:
     card = made.write().card
     assert re.findall(r"^## (.*)$", card, re.MULTILINE) == list(CARD)

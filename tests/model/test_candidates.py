@@ -24,7 +24,7 @@ from models.net import build_net
 from models.score import Model, NetworkScorer
 from models.tune import apply
 from pipelines.errors import MillraceError, UsageError
-from pipelines.manifest import file_digest, write_json
+from pipelines.manifest import file_digest, read_json, write_json
 from pipelines.spec import Network, Train
 from tests.model.small import small_spec, write_small
 
@@ -62,6 +62,12 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return out
 
     return make
+
+
+def test_what_training_used_is_told_beside_what_is_digested(trained: Trained) -> None:
+    stats = read_json(trained("one") / "volatile" / "stats.json")
+    assert stats["ranks"] == 1 and stats["restarts"] == [] and stats["usage"]["joules"] > 0
+    assert {"split", "rows_per_s", "mfu", "busy_share", "grams", "estimated", "joules_per_loss"} < set(stats["usage"])
 
 
 def test_lightgbm_is_the_same_for_any_threads_and_differs_by_seed(data: TrainingSet) -> None:
