@@ -4,7 +4,6 @@ The truth about releases is the home's log; the alias `champion` of the register
 """
 
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -17,6 +16,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from deploy.follower import Ended, Point, Subject
 from deploy.tracking import ANSWER_S, tracking_uri
+from pipelines.clock import wall_us
 from pipelines.home import Home
 from pipelines.manifest import read_json
 
@@ -78,7 +78,7 @@ class _Flow:
         self.params |= {param.key for param in new}
 
     def _tell_metrics(self, values: Iterator[tuple[str, int, float]]) -> None:
-        now = time.time_ns() // 1_000_000
+        now = wall_us() // 1_000
         new = [Metric(name, value, now, step) for name, step, value in values if step > self.steps.get(name, -1)]
         for i in range(0, len(new), 10 * BATCH):
             self.client.log_batch(self.id, metrics=new[i : i + 10 * BATCH])

@@ -1,7 +1,6 @@
 """TensorBoard: event files in the home, `tensorboard/PIPELINE/RUN_ID`. The only importer of tensorboard; needs no TensorFlow."""
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -10,6 +9,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from deploy.follower import Ended, Point, Subject
+from pipelines.clock import wall_us
 from pipelines.home import Home
 
 
@@ -26,7 +26,7 @@ class _Board:
         self._add(summary, step)
 
     def _add(self, summary: Summary, step: int = 0) -> None:
-        self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self.writer.add_event(Event(step=step, wall_time=wall_us() / 1e6, summary=summary))
 
     def points(self, points: Sequence[Point]) -> None:
         for point in points:

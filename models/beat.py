@@ -18,8 +18,9 @@ class Beat:
     @classmethod
     def make(cls, path: Path) -> "Beat":
         """A new heartbeat that has not beaten; who reads an old one at this path keeps reading that."""
-        path.unlink(missing_ok=True)
-        path.write_bytes(bytes(_SIZE))
+        scratch = path.with_name(f".{path.name}.new")
+        scratch.write_bytes(bytes(_SIZE))
+        scratch.replace(path)  # nobody sees it empty
         return cls(path)
 
     def __call__(self, phase: int | None = None, step: int | None = None, steps: int | None = None) -> None:
