@@ -84,7 +84,7 @@ def write_shards(data: TrainingSet, path: Path, newest: int | None = None) -> No
     codes = [f"{CODE}{name}" for name in fitted.categories]
     schema = pa.schema([*((name, pa.float32()) for name in names), *((name, pa.int32()) for name in codes),
                         (LABEL, pa.float32()), (NUMBER, pa.int64())])  # fmt: skip
-    with pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=False, write_statistics=False) as file:
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
         for begin in range(0, len(rows), size):
             numbers = order[begin : begin + size]
             some = rows[numbers]

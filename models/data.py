@@ -19,6 +19,7 @@ from models.arrays import Arrays, Shape
 
 Batch = tuple[Tensor, Tensor, Tensor]
 T = TypeVar("T")
+BLOCK = 8  # batches made at a time: threads that hand over each one would wait for each other
 
 
 class Rows(Protocol):
@@ -26,8 +27,8 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
-        """What a rank has of the global batches from number `first` on."""
+    def blocks(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
+        """What a rank has of the global batches from number `first` on, BLOCK of them at a time."""
 
     def between(self, seed: int, begin: int, end: int) -> tuple[Tensor, Batch]:
         """The rows at these places of the order: their numbers, oldest row 0, and their values."""
@@ -50,10 +51,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if self.position >= self.shape.steps:  # Lightning leaves the last epoch after its last item
             self.epoch, self.position = self.epoch + 1, 0
-        batches = self.data.batches(self._seed, self.shape, self.position, self.rank, self.world)
-        for batch in ahead(map(_pinned, batches) if self.pinned else batches):
-            self.position += 1
-            yield batch
+        blocks = self.data.blocks(self._seed, self.shape, self.position, self.rank, self.world)
+        for block in ahead(map(_pinned, blocks) if self.pinned else blocks):
+            for scaled, codes, label in zip(*(column.split(self.shape.batch // self.world) for column in block), strict=True):
+                self.position += 1
+                yield scaled, codes, label
 
     @property
     def _seed(self) -> int:
@@ -76,7 +78,7 @@ def _pinned(batch: Batch) -> Batch:
     return scaled.pin_memory(), codes.pin_memory(), label.pin_memory()
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     """The same items, made by a thread while those before are used; what it raises is raised here."""
     made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     over = threading.Event()
@@ -89,6 +91,7 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
         return False
 
     def make() -> None:
+        torch.set_num_threads(1)  # each thread has a number of its own, and what it starts spins
         try:
             if all(put(item, None) for item in items):
                 put(None, StopIteration())
@@ -123,14 +126,20 @@ class Resident:
         """A batch of these rows."""
         return self.scaled.index_select(0, rows), self.codes.index_select(0, rows), self.label.index_select(0, rows)
 
-    def batches(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
+    def blocks(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
         order = shuffled(len(self), seed)
-        for begin in range(first * shape.batch, shape.steps * shape.batch, shape.batch):
-            yield self.take(order[begin : begin + shape.batch][rank::world])
+        for begin, end in bounds(shape, first):
+            yield self.take(order[begin:end][rank::world])  # world divides the batch
 
     def between(self, seed: int, begin: int, end: int) -> tuple[Tensor, Batch]:
         rows = shuffled(len(self), seed)[begin:end]
         return rows, self.take(rows)
+
+
+def bounds(shape: Shape, first: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of batches begin and end in the order of the rows."""
+    for i in range(first, shape.steps, BLOCK):
+        yield i * shape.batch, min(i + BLOCK, shape.steps) * shape.batch
 
 
 def shuffled(count: int, seed: int) -> Tensor:

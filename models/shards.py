@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from models.arrays import CODE, LABEL, NUMBER, SCALED, Shape
-from models.data import Batch, Resident, shuffled
+from models.data import Batch, Resident, bounds, shuffled
 from pipelines.errors import MillraceError
 
 WINDOW = 16  # row groups
@@ -39,9 +39,8 @@ class Shards:
     def __len__(self) -> int:
         return int(self.sizes.sum())
 
-    def batches(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
-        begins = range(first * shape.batch, shape.steps * shape.batch, shape.batch)
-        wanted = (np.arange(begin + rank, min(begin + shape.batch, len(self)), world) for begin in begins)
+    def blocks(self, seed: int, shape: Shape, first: int, rank: int, world: int) -> Iterator[Batch]:
+        wanted = (np.arange(begin + rank, min(end, len(self)), world) for begin, end in bounds(shape, first))
         return (batch for _, batch in self._taken(seed, first * shape.batch, wanted))
 
     def between(self, seed: int, begin: int, end: int) -> tuple[Tensor, Batch]:
@@ -63,7 +62,7 @@ class Shards:
         groups = shuffled(len(self.sizes), seed).split(WINDOW)
         ends = [*accumulate(int(self.sizes[some.numpy()].sum()) for some in groups)]
         begin = next((i for i, end in enumerate(ends) if first < end), len(ends))
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
             coming = deque[Future[Window]]()
             for i in range(begin, len(groups)):
                 coming.append(reader.submit(self._window, groups[i].tolist(), (seed * 1_000_003 + i + 1) % 2**63, ends[i]))

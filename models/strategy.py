@@ -1,5 +1,6 @@
 """What the words of a spec mean to Lightning: its Trainer, how ranks share the work, in what numbers they multiply."""
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -137,4 +138,4 @@ def finite(gradients: Iterable[Tensor]) -> bool:
     total = torch.stack([local(g).sum() for g in found]).sum()  # a norm would cost five times as much
     if any(isinstance(g, DTensor) for g in found):
         torch.distributed.all_reduce(total)
-    return bool(torch.isfinite(total))
+    return math.isfinite(float(total))
