@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.record import options, report
-from bench.train_loop import NETWORK, apart, settings, write
-from models.arrays import Arrays, epoch_shape
-from models.data import resident, shuffled
+from bench.train_loop import apart, plain, settings, write
 from models.elastic import Zygote, launch, start_zygote
 from models.job import Job
-from models.module import TabularModule
-from models.net import build_net
 from pipelines.manifest import read_json
 
 BATCH = 8_192
@@ -56,31 +52,14 @@ def ours(zygote: Zygote, arrays: Path, work: Path, ranks: int, *, export: bool =
 
 def by_hand(rank: int, arrays: Path, synced: bool) -> float:
     """Seconds of a step of a plain loop under DistributedDataParallel, on one of two ranks."""
-    found = Arrays.load(arrays)
-    rows = resident(found, "train")
-    shape = epoch_shape(len(rows), BATCH, 2)
-    net = DistributedDataParallel(build_net(found.preprocess, NETWORK, 1))
-    made: Any = TabularModule(net, settings("memory", BATCH), shape.steps).configure_optimizers()
-    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    order = shuffled(len(rows), 1)
-
-    def step(i: int) -> None:
-        some = order[i * BATCH : (i + 1) * BATCH][rank::2]
-        loss = binary_cross_entropy_with_logits(net(rows.scaled[some], rows.codes[some]), rows.label[some])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
+    net, step, steps = plain(arrays, BATCH, rank, 2)
+    assert isinstance(net, DistributedDataParallel)
     dist.barrier()
     began = time.perf_counter()
-    for i in range(shape.steps):
-        if synced:
+    with nullcontext() if synced else net.no_sync():
+        for i in range(steps):
             step(i)
-        else:
-            with net.no_sync():
-                step(i)
-    return (time.perf_counter() - began) / shape.steps
+    return (time.perf_counter() - began) / steps
 
 
 def reduces(rank: int) -> list[float]:
@@ -138,15 +117,15 @@ def main() -> None:
     told = options("ddp")
     rounds, count = (1, 150_000) if told.quick else (5, 1_000_000)
     work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
-    one, two, plain, alone, reduced = [], [], [], [], []
+    one, two, hand, alone, reduced = [], [], [], [], []
     try:
         arrays = work / "arrays"
-        apart(write, count, arrays, "memory")
+        apart(write, count, arrays, settings("memory", BATCH))
         zygote = start_zygote()
         for _ in range(rounds):
             one.append(BATCH / ours(zygote, arrays, work, 1)[0]["step_quiet_s"])
             two.append(BATCH / ours(zygote, arrays, work, 2)[0]["step_quiet_s"])
-            plain.append(BATCH / on_two(by_hand, arrays, True))
+            hand.append(BATCH / on_two(by_hand, arrays, True))
             alone.append(BATCH / on_two(by_hand, arrays, False))
             reduced.append(on_two(reduces))
         weights = [load_file(ours(zygote, arrays, work, n, export=True)[1] / "network.safetensors") for n in (1, 2)]
@@ -164,14 +143,14 @@ def main() -> None:
         return round(statistics.median(x / y / by for x, y in zip(a, b, strict=True)), 3)
 
     figures = {
-        "efficiency_2": ratio(two, one, 2.0), "allreduce_share": round(1 - ratio(plain, alone), 3),
-        "ratio_to_handwritten_ddp": ratio(two, plain), "weights_max_abs_diff": diff,
+        "efficiency_2": ratio(two, one, 2.0), "allreduce_share": round(1 - ratio(hand, alone), 3),
+        "ratio_to_handwritten_ddp": ratio(two, hand), "weights_max_abs_diff": diff,
         "predicted_efficiency": {str(p): predicted(p) for p in RANKS}, "prediction": True,
         "latency_us": round(float(latency) * 1e6, 1), "bandwidth_gb_s": round(float(bandwidth) / 1e9, 2),
         "fit_error": round(error, 3), "gradient_numbers": numbers,
     }  # fmt: skip
     rows = [{"what": name, "rows_per_s": [round(v) for v in values]} for name, values in (
-        ("one rank", one), ("two ranks", two), ("two by hand", plain), ("two by hand, no all-reduce", alone))]  # fmt: skip
+        ("one rank", one), ("two ranks", two), ("two by hand", hand), ("two by hand, no all-reduce", alone))]  # fmt: skip
     rows += [{"what": f"all-reduce of {n} numbers", "us": round(statistics.median(t) * 1e6)}
              for n, t in zip(SIZES, zip(*reduced, strict=True), strict=True)]  # fmt: skip
     report("ddp", figures, rows, told.json)

@@ -28,8 +28,7 @@ import psutil
 from safetensors.numpy import load_file
 
 from bench.record import options, report
-from bench.train_loop import apart, table
-from models.arrays import write_arrays
+from bench.train_loop import apart, write
 from models.beat import STEPS, Beat
 from models.elastic import Zygote, finish, submit
 from models.energy import Energy, Estimate, meter_of
@@ -151,7 +150,7 @@ def main() -> None:
     zygote, lines, runs = Zygote(("-c", SUPERVISOR)), list[dict[str, Any]](), dict[tuple[str, int], Run]()
     try:
         arrays = work / "arrays"
-        apart(lambda: {"n": float(len(write_arrays(table(rows), arrays, plain).name))})
+        apart(write, rows, arrays, plain)
         for ranks in (1, 2):
             for name, settings in (("plain", plain), ("capped", capped), ("capped, killed", capped)):
                 machine = Machine(work / "powercap", psutil.Process(zygote.process.pid))

@@ -34,7 +34,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     try:
-        apart(write, count, work / "arrays", "memory")
+        apart(write, count, work / "arrays", settings("memory", 4_096))
         for _ in range(rounds):
             for way, more in WAYS.items():
                 train = settings("memory", 4_096, network={"width": width, "depth": 2, "frequencies": 0, "dropout": 0.0}, **more)

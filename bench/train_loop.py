@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from bench.record import options, report
@@ -62,10 +63,10 @@ def settings(feed: str, batch: int, **more: Any) -> Train:
     return Train.model_validate({**given, **more})
 
 
-def write(rows: int, folder: Path, feed: str) -> dict[str, float]:
+def write(rows: int, folder: Path, train: Train) -> dict[str, float]:
     """The table, as a rank finds it."""
     began = time.perf_counter()
-    write_arrays(table(rows), folder, settings(feed, 4_096))
+    write_arrays(table(rows), folder, train)
     return {"seconds": time.perf_counter() - began}
 
 
@@ -78,26 +79,37 @@ def ours(arrays: Path, work: Path, train: Train) -> dict[str, float]:
     return {**told, "rows_per_s": train.batch_size / told["step_quiet_s"], "rss_mb": peak_mb(), "log_loss": epoch["log_loss"]}
 
 
-def by_hand(arrays: Path, batch: int) -> dict[str, float]:
-    """One epoch of a plain loop on tensors in memory."""
+def plain(arrays: Path, batch: int, rank: int = 0, world: int = 1) -> tuple[nn.Module, Callable[[int], None], int]:
+    """By hand on tensors in memory: the network, a step of a rank's share of the batch of a number, and how many steps."""
     torch.set_num_threads(1)
     found = Arrays.load(arrays)
     rows = resident(found, "train")
-    shape = epoch_shape(len(rows), batch, 1)
-    net = build_net(found.preprocess, NETWORK, 1)
+    shape = epoch_shape(len(rows), batch, world)
+    net: nn.Module = build_net(found.preprocess, NETWORK, 1)
+    net = DistributedDataParallel(net) if world > 1 else net
     made: Any = TabularModule(net, settings("memory", batch), shape.steps).configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    order, began = shuffled(len(rows), 1), 0.0
-    for i in range(0, shape.steps * batch, batch):
-        if i == batch:  # the first step also allocates
-            began = time.perf_counter()
-        some = order[i : i + batch]
+    order = shuffled(len(rows), 1)
+
+    def step(i: int) -> None:
+        some = order[i * batch : (i + 1) * batch][rank::world]
         loss = binary_cross_entropy_with_logits(net(rows.scaled[some], rows.codes[some]), rows.label[some])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return {"rows_per_s": (shape.steps - 1) * batch / (time.perf_counter() - began)}
+
+    return net, step, shape.steps
+
+
+def by_hand(arrays: Path, batch: int) -> dict[str, float]:
+    """One epoch of a plain loop."""
+    _, step, steps = plain(arrays, batch)
+    step(0)  # the first also allocates
+    began = time.perf_counter()
+    for i in range(1, steps):
+        step(i)
+    return {"rows_per_s": (steps - 1) * batch / (time.perf_counter() - began)}
 
 
 class RowByRow(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -158,7 +170,7 @@ def main() -> None:
         made = {}
         for feed in ("memory", "stream"):
             made[feed] = work / feed
-            apart(write, count, made[feed], feed)
+            apart(write, count, made[feed], settings(feed, 4_096))
         for _ in range(rounds):
             for name, measure, given in (
                 ("by hand, 4,096", by_hand, (made["memory"], 4_096)),

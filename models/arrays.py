@@ -49,12 +49,12 @@ def write_arrays(data: TrainingSet, folder: Path, train: Train, newest: int | No
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows = np.arange(len(data.part))
+    kept: slice | np.ndarray = slice(None)
     if streams(train, data, newest):
         write_shards(data, folder / SHARDS, newest)
-        rows = np.flatnonzero(data.part != PARTS.index("train"))
+        kept = data.part != PARTS.index("train")
     for name, value in zip(NAMES, (data.batch.scaled, data.batch.codes, data.label.astype(np.float32), data.part), strict=True):
-        np.save(folder / f"{name}.npy", value if len(rows) == len(value) else value[rows])
+        np.save(folder / f"{name}.npy", value[kept])
     data.preprocess.save(folder / "preprocess.json")  # last: it says that the others are whole
     return folder
 
@@ -63,8 +63,13 @@ def streams(train: Train, data: TrainingSet, newest: int | None = None) -> bool:
     """Whether the (newest) training rows are read from disk again in each epoch: a function of spec and rows alone."""
     if train.feed != "auto":
         return train.feed == "stream"
-    rows = len(data.rows("train")) if newest is None else min(newest, len(data.rows("train")))
-    return rows * _row_bytes(data) > train.feed_memory_mb * 2**20
+    return len(_newest(data, newest)) * _row_bytes(data) > train.feed_memory_mb * 2**20
+
+
+def _newest(data: TrainingSet, count: int | None) -> np.ndarray:
+    """Positions of the newest training rows, of all if None."""
+    rows = data.rows("train")
+    return rows if count is None else rows[-count:]
 
 
 def _row_bytes(data: TrainingSet) -> int:
@@ -76,7 +81,7 @@ def write_shards(data: TrainingSet, path: Path, newest: int | None = None) -> No
 
     Columns: `scaled.NAME`, `scaled.NAME missing` and `label` float32, `code.NAME` int32, `number` int64, 0 for the oldest.
     """
-    rows = data.rows("train") if newest is None else data.rows("train")[-newest:]
+    rows = _newest(data, newest)
     order = np.random.default_rng(0).permutation(len(rows))
     size = max(1, min(SHARD_BYTES // _row_bytes(data), max(256, len(rows) // 64)))
     fitted = data.preprocess

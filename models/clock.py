@@ -15,13 +15,12 @@ class Clock:
     def __init__(self) -> None:
         self.began = self.last = self.mark = self.first_s = 0.0
         self.wrote = False
-        self.stall_s, self.checkpoints, self.updates = 0.0, 0, 0
+        self.stall_s, self.checkpoints = 0.0, 0
         self.steps = {False: [0, 0.0], True: [0, 0.0]}  # while a checkpoint is written: number and seconds
         self.parts = dict.fromkeys(PARTS, 0.0)
 
-    def start(self, updates: int) -> None:
-        """The loop begins, after so many steps of the optimiser."""
-        self.updates = updates
+    def start(self) -> None:
+        """The loop begins."""
         self.skip()
         self.began = self.last
 

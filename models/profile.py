@@ -20,7 +20,7 @@ class Profile(pl.Callback):
         self.folder, self.clock, self.table = folder, clock, ""
         active = max(1, min(STEPS, steps - 1))
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if accelerator == "gpu" else [])]
-        self.by = "self_cuda_time_total" if accelerator == "gpu" else "self_cpu_time_total"
+        self.by = "self_device_time_total" if accelerator == "gpu" else "self_cpu_time_total"
         self.profiler = profile(
             activities=kinds, schedule=schedule(wait=0, warmup=min(QUIET, max(0, steps - 1 - active)), active=active, repeat=1),
             on_trace_ready=self._leave,

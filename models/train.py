@@ -224,7 +224,7 @@ class Keeper(pl.Callback):
                 f"train.module {self.job.train.module!r}: training resumes exactly with one optimiser that Lightning steps; "
                 "return one from configure_optimizers, and the loss from training_step"
             )
-        self.clock.start(trainer.global_step)
+        self.clock.start()
         self.weights = list(module.parameters())
         if self.loader.world > 1 and not self.sharded and self.job.accelerator == "cpu":
             self.reduce = AllReduce(self.weights)
@@ -298,9 +298,8 @@ class Keeper(pl.Callback):
         return f"training rows {', '.join(map(str, found[:10]))}{more}"
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        step = trainer.global_step
-        self.clock.end_of("optimizer" if step > self.clock.updates else "other")
-        self.clock.updates = step
+        step, whole = trainer.global_step, trainer.is_last_batch or not self.loader.position % self.together
+        self.clock.end_of("optimizer" if whole else "other")
         if not self.bad and outputs:  # a user's own training_step may return no loss, to leave a batch out
             self.losses.append(float(outputs["loss"]))
             self.last_finite = (step, self.losses[-1])
@@ -309,7 +308,7 @@ class Keeper(pl.Callback):
         self.clock.step(writing=self.writer.busy)
         if self.clock.last > self.energy.due:
             self.energy.look()
-        if not trainer.is_last_batch and self.loader.position % self.together:
+        if not whole:
             return  # the gradients of a step that is not whole are in no checkpoint
         self.scaled.clear()
         if self.average is not None:
