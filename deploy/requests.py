@@ -46,7 +46,7 @@ def key_fields(spec: Spec) -> dict[str, Field]:
 
 def feature_fields(features: tuple[Feature, ...]) -> dict[str, Field]:
     """The fields that `/predict_features` takes: every feature; one that is left out is missing."""
-    return {f.name: Field(f.name, "string" if f.kind == "category" else "float64", False) for f in features}
+    return {f.name: Field(f.name, "float64" if f.kind == "number" else "string", False) for f in features}
 
 
 def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress 
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
     arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays", spec.train, spec.tune.rows), start_zygote()
     give_back_memory()  # only the ranks need the rows from here on
-    train = spec.train.model_copy(update={"profile": False, "power": spec.train.power.share(spec.tune.workers)})
+    train = spec.training.model_copy(update={"profile": False, "power": spec.train.power.share(spec.tune.workers)})
 
     def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
         folder = study / f"slot-{slot:04d}"
