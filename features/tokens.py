@@ -5,7 +5,7 @@ B rows, L tokens of the longest of them, V different tokens.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -154,14 +154,16 @@ def learn(text: Text, frame: Mapping[str, np.ndarray], train: np.ndarray) -> Rea
     found = Tokenizer(models.WordPiece(unk_token=SPECIAL[1]))
     found.normalizer = normalizers.BertNormalizer(lowercase=text.lowercase, strip_accents=False)
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=text.vocabulary, special_tokens=[*SPECIAL], show_progress=False)
-    found.train_from_iterator(_texts(text.columns, frame, train), trainer)
     found.post_processor = processors.BertProcessing((SPECIAL[3], 3), (SPECIAL[2], 2))
-    return Reader(text.columns, json.loads(found.to_str()), text.max_tokens, 0, found.get_vocab_size())
-
-
-def _texts(columns: Sequence[str], frame: Mapping[str, np.ndarray], train: np.ndarray) -> Iterable[str]:
-    return (value for name in columns for value in frame[name][train].tolist() if value)
+    texts = [found.normalizer.normalize_str(value) for name in text.columns for value in frame[name][train].tolist() if value]
+    inner = {letter for text in texts for word, _ in found.pre_tokenizer.pre_tokenize_str(text) for letter in word[1:]}
+    # the trainer numbers letters within words in the random order of a hash table, unless it is given them as special tokens
+    first = [*SPECIAL, *(f"##{letter}" for letter in sorted(inner))]
+    trainer = trainers.WordPieceTrainer(vocab_size=text.vocabulary, special_tokens=first, show_progress=False)
+    found.train_from_iterator(texts, trainer)
+    body = json.loads(found.to_str())
+    body["added_tokens"] = body["added_tokens"][: len(SPECIAL)]
+    return Reader(text.columns, body, text.max_tokens, 0, found.get_vocab_size())
 
 
 def _pretrained(text: Text) -> Reader:

@@ -268,7 +268,7 @@ def test_a_loss_that_no_rate_lowers_is_one_clear_error(arrays: Path) -> None:
     rows.scaled[:] = float("nan")
     loader = Loader(rows, epoch_shape(320, 64, 1), 1, 0, 1)
     with pytest.raises(UsageError, match=r"^train.learning_rate auto: no rate .* lowers the loss; give a number$"):
-        find_rate(build_net(data.preprocess, small_spec().train.network, 1), loader, 0.0, lambda: None)
+        find_rate(build_net(data.preprocess, small_spec().train, 1), loader, 0.0, lambda: None)
 
 
 def test_layers_that_are_computed_again_keep_less_and_learn_the_same_bits(arrays: Path) -> None:
