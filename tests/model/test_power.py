@@ -30,7 +30,7 @@ from pipelines.errors import MillraceError, UsageError
 from pipelines.home import open_home
 from pipelines.manifest import read_json
 from pipelines.run import pin, result_spec, take_up, unfinished
-from pipelines.spec import Network, Train, Power
+from pipelines.spec import Network, Power, Train
 from tests.model.small import small_spec
 from tests.model.test_supervisor import reached, record
 from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
