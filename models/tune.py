@@ -65,6 +65,8 @@ def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path, *, progress
     count = sum(len(trials) for trials in found.values())
     pruned = sum(t.pruned for trials in found.values() for t in trials)
     best_text = "; ".join(f"{k} {b.log_loss:.4f} (slot {b.slot})" for k, b in bests.items() if b.log_loss is not None)
+    if not found:
+        return Note("nothing to search: neither tune.space nor tune.gbdt_space names a parameter")
     return Note(f"{count} trials in {spec.tune.generations} generations, {pruned} pruned; best log loss {best_text}")
 
 
