@@ -85,7 +85,7 @@ def plain(arrays: Path, batch: int, rank: int = 0, world: int = 1) -> tuple[nn.M
     found = Arrays.load(arrays)
     rows = resident(found, "train")
     shape = epoch_shape(len(rows), batch, world)
-    net: nn.Module = build_net(found.preprocess, NETWORK, 1)
+    net: nn.Module = build_net(found.preprocess, Train(network=NETWORK), 1)
     net = DistributedDataParallel(net) if world > 1 else net
     made: Any = TabularModule(net, settings("memory", batch), shape.steps).configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
@@ -130,7 +130,7 @@ def row_dataset(arrays: Path, batch: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     quiet()
     found = Arrays.load(arrays)
-    module = TabularModule(build_net(found.preprocess, NETWORK, 1), settings("memory", batch), steps)
+    module = TabularModule(build_net(found.preprocess, Train(network=NETWORK), 1), settings("memory", batch), steps)
     silent: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     began = 0.0
 

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deploy.requests import BadRequest, Field, listed, typed_row
+from deploy.requests import BadRequest, Field, field_type, listed, typed_row
 from deploy.rollout import bento_spec, champion
 from features.cells import Event, Meta
 from features.online import anchor_of
@@ -39,7 +39,7 @@ class Intake:
     def __init__(self, home: Home, spec: Spec, store: str, offset_us: int) -> None:
         self.home, self.spec, self.store, self.offset_us = home, spec, store, offset_us
         self.fields = {
-            name: {column: Field(column, about.type, False) for column, about in source.columns.items()}
+            name: {column: Field(column, field_type(spec, name, column), False) for column in source.columns}
             for name, source in spec.sources.items()
         }
         self.waiting: queue.Queue[Waiting] = queue.Queue(1_000)

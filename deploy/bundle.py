@@ -26,8 +26,9 @@ from pipelines.spec import Spec
 
 SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
-    *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
-    *(f"models/{n}.py" for n in ("__init__", "calibrate", "score")),
+    *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
+    "features/views.py",
+    *(f"models/{n}.py" for n in ("__init__", "calibrate", "score", "words")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),
 )
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")

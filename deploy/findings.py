@@ -22,8 +22,10 @@ from pipelines.spec import Spec
 
 # in the order of the pages
 MODEL_TITLES = {
-    CHALLENGER: "Challenger", CHAMPION: "Champion", "gbdt": "LightGBM, fixed defaults", "gbdt_tuned": "LightGBM, tuned",
-    "network": "Network", "blend": "Network + LightGBM", "blend_tuned": "Network + tuned LightGBM", PRIOR: "Prior only",
+    CHALLENGER: "Challenger", CHAMPION: "Champion", "words": "Bag of words", "gbdt": "LightGBM, fixed defaults",
+    "gbdt_tuned": "LightGBM, tuned",
+    "network": "Network", "blend": "Network + LightGBM", "blend_tuned": "Network + tuned LightGBM",
+    "blend_words": "Network + bag of words", PRIOR: "Prior only",
 }  # fmt: skip
 
 
@@ -169,8 +171,11 @@ def _weights(train: Path, member: str, features: Iterable[Feature]) -> tuple[Wei
     if not path.is_file():
         return ()
     fitted, groups = Preprocess.load(train / "preprocess.json"), {f.name: f.group for f in features}
-    shares = importance(path.read_text(encoding="utf-8")).tolist()
-    named = zip((*fitted.numbers, *fitted.categories), shares, strict=True)
+    shares = importance(path.read_text(encoding="utf-8"))
+    names = (*fitted.numbers, *fitted.categories)
+    named = [*zip(names, shares[: len(names)].tolist(), strict=True)]
+    if fitted.texts:
+        named.append((" + ".join(fitted.texts), float(shares[len(names) :].sum())))  # one column for each token
     return tuple(sorted((Weight(n, groups.get(n, ""), share) for n, share in named), key=lambda w: (-w.share, w.name)))
 
 

@@ -29,7 +29,7 @@ _INK, _SOFT, _LINE, _CARD = (_PAINT[name] for name in ("ink", "soft", "line", "c
 _GUESS: Any = {"color": _SOFT, "lw": 1, "ls": (0, (1, 2))}
 _DASHES: dict[str, Any] = {
     CHALLENGER: "-", CHAMPION: "-", "gbdt": (0, (5, 1.5)), "gbdt_tuned": (0, (7, 2, 1.5, 2)), "network": (0, (2.5, 1.2)),
-    PRIOR: (0, (1, 1.5)),
+    "words": (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5)), PRIOR: (0, (1, 1.5)),
 }  # fmt: skip
 _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "figure.dpi": 72, "font.family": "DejaVu Sans", "font.size": 11,

@@ -12,6 +12,7 @@ from pipelines.errors import nearest
 from pipelines.spec import Spec
 
 MAX_ROWS = 1_000
+MAX_NAME, MAX_TEXT = 1_000, 100_000  # characters of a string, and of what is read as tokens
 MAX_BYTES = 4_000_000
 _NOT_TEXT = re.compile("[\x1f\ud800-\udfff]")  # the separator of keys, and halves of characters that are no text
 
@@ -40,13 +41,20 @@ def key_fields(spec: Spec) -> dict[str, Field]:
     for name in spec.row_key:
         found[name] = Field(name, columns[name].type if name in columns else "string", True)
     for name in spec.serve.request:
-        found.setdefault(name, Field(name, columns[name].type, False))
+        found.setdefault(name, Field(name, field_type(spec, spec.rows.source, name), False))
     return found
 
 
 def feature_fields(features: tuple[Feature, ...]) -> dict[str, Field]:
     """The fields that `/predict_features` takes: every feature; one that is left out is missing."""
-    return {f.name: Field(f.name, "string" if f.kind == "category" else "float64", False) for f in features}
+    types = {"number": "float64", "category": "string", "text": "text"}
+    return {f.name: Field(f.name, types[f.kind], False) for f in features}
+
+
+def field_type(spec: Spec, source: str, column: str) -> str:
+    """What a field may hold: the declared type of a column, or text for one that is read as tokens."""
+    text = source == spec.rows.source and column in spec.features.texts
+    return "text" if text else spec.sources[source].columns[column].type
 
 
 def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:
@@ -92,7 +100,7 @@ def typed_row(where: str, row: object, fields: dict[str, Field]) -> dict[str, An
 
 _EARLIEST, _LATEST = parse_time("0002-01-01"), parse_time("9999-01-01")  # whose local times Python can tell
 _WANTED = {
-    "string": "text", "int64": "whole number", "float64": "number", "bool": "true or false",
+    "string": "text", "text": "text", "int64": "whole number", "float64": "number", "bool": "true or false",
     "timestamp": "time such as \"2013-12-30T12:00:00Z\"",
 }  # fmt: skip
 
@@ -111,6 +119,7 @@ def _value(where: str, value: object, kind: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
         "string": isinstance(value, str),
+        "text": isinstance(value, str),
         "int64": number and isinstance(value, int),
         "float64": number,
         "bool": isinstance(value, bool),
@@ -120,8 +129,9 @@ def _value(where: str, value: object, kind: str) -> Any:
         raise BadRequest(422, f"{where} is {_kind(value)}; send a {_WANTED[kind]}")
     if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type]
         raise BadRequest(422, f"{where} is out of range; send a finite number")
-    if isinstance(value, str) and (len(value) > 1_000 or _NOT_TEXT.search(value)):
-        raise BadRequest(422, f"{where} is longer than 1,000 characters, or holds a control or a half character")
+    longest = MAX_TEXT if kind == "text" else MAX_NAME
+    if isinstance(value, str) and (len(value) > longest or _NOT_TEXT.search(value)):
+        raise BadRequest(422, f"{where} is longer than {longest:,} characters, or holds a control or a half character")
     return value
 
 

@@ -60,9 +60,8 @@ class Endpoint:
         folder = home / "online" / self.spec.pipeline / self.defs[:16]
         self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder)
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
-        self.log = PredictionLog(
-            log_root, list(self.preprocess.numbers), list(self.preprocess.categories), self.spec.serve.log_flush
-        )
+        words = [*self.preprocess.categories, *self.preprocess.texts]
+        self.log = PredictionLog(log_root, list(self.preprocess.numbers), words, self.spec.serve.log_flush)
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
     def now_us(self) -> int:

@@ -159,7 +159,7 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
             "check that version out, or choose another time with --since and --until"
         )
     parts = [log.slice(0, 0)]
-    frames: list[Columns] = [{f.name: np.zeros(0, object if f.kind == "category" else np.float64) for f in feature_list(spec)}]
+    frames: list[Columns] = [{f.name: np.zeros(0, np.float64 if f.kind == "number" else object) for f in feature_list(spec)}]
     for digest in log["snapshot"].unique().to_pylist():
         part = log.filter(pc.is_null(log["snapshot"]) if digest is None else pc.equal(log["snapshot"], digest))
         if digest is None or not (home.snapshots(pipeline) / f"{digest}.json").is_file():

@@ -1,6 +1,6 @@
 """From what was looked up to what the model sees: one function for the training set and for a request.
 
-Numbers are float64 with NaN for missing, categories are objects with None; times are int64 µs with MISSING.
+Numbers are float64 with NaN for missing, categories and texts are objects with None; times are int64 µs with MISSING.
 """
 
 import importlib
@@ -29,7 +29,7 @@ class Feature:
     """One column of the frame, and the view or part of the spec that it comes from."""
 
     name: str
-    kind: Literal["number", "category"]
+    kind: Literal["number", "category", "text"]
     group: str
 
 
@@ -40,6 +40,7 @@ def feature_list(spec: Spec) -> tuple[Feature, ...]:
     for name in spec.features.row:
         kind: Literal["number", "category"] = "category" if source.columns[name].type == "string" else "number"
         found.append(Feature(name, kind, "row"))
+    found += [Feature(name, "text", "row") for name in spec.features.texts]
     if spec.features.calendar:
         found += [Feature(f"local_{part}", "number", "calendar") for part in spec.features.calendar.parts]
     for name, view in spec.features.views.items():
@@ -92,7 +93,7 @@ def is_missing(values: np.ndarray) -> np.ndarray:
 
 def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]], t: np.ndarray) -> Columns:
     """The features of N rows. `raw`: view → stored view → column → values, as `views.derive` takes them."""
-    frame: Columns = {name: own[name] for name in spec.features.row}
+    frame: Columns = {name: own[name] for name in (*spec.features.row, *spec.features.texts)}
     if spec.features.calendar:
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
     for name, view in spec.features.views.items():

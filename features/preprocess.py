@@ -1,19 +1,24 @@
 """From the frame to what models eat: fitted on the training part, applied everywhere by the same function.
 
-B rows, F number features, C category features, M features that were missing somewhere in training.
+B rows, F number features, C category features, M features that were missing somewhere in training, V tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from features.facts import Columns
 from features.frame import Feature, is_missing
+from features.tokens import Reader, Tokens, learn
 from pipelines.manifest import read_json, write_json
+from pipelines.spec import Text
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 UNSEEN = 0  # code of a missing value and of a category that training did not know
 
@@ -23,24 +28,32 @@ class Batch:
     """Model inputs of B rows.
 
     `numbers` float64 (B, F) with NaN; `codes` int64 (B, C), 0 for missing or unseen; `scaled` float32 (B, F + M):
-    standardised numbers, 0 where missing, then one 0/1 column for each feature that may be missing.
+    standardised numbers, 0 where missing, then one 0/1 column for each feature that may be missing; `tokens` of the texts,
+    where there are texts.
     """
 
     numbers: np.ndarray
     codes: np.ndarray
     scaled: np.ndarray
+    tokens: Tokens | None = None
 
     @property
-    def trees(self) -> np.ndarray:
-        """float64 (B, F + C): numbers and category codes, as LightGBM reads them."""
-        return np.concatenate([self.numbers, self.codes.astype(np.float64)], axis=1)
+    def trees(self) -> "np.ndarray | csr_array":
+        """float64 (B, F + C), or sparse (B, F + C + V): numbers, category codes and counts of tokens, as LightGBM reads them."""
+        dense = np.concatenate([self.numbers, self.codes.astype(np.float64)], axis=1)
+        if self.tokens is None:
+            return dense
+        from scipy.sparse import csr_array, hstack
+
+        return hstack([csr_array(dense), self.tokens.bag()], format="csr")
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def take(self, rows: np.ndarray) -> "Batch":
         """The rows at these positions, or where this mask is true."""
-        return Batch(self.numbers[rows], self.codes[rows], self.scaled[rows])
+        tokens = self.tokens.take(rows) if self.tokens is not None else None
+        return Batch(self.numbers[rows], self.codes[rows], self.scaled[rows], tokens)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,12 @@ class Preprocess:
     std: tuple[float, ...]
     may_miss: tuple[int, ...]
     vocabulary: tuple[tuple[str, ...], ...]
+    reader: Reader | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of text."""
+        return self.reader.columns if self.reader else ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -66,8 +85,8 @@ class Preprocess:
         """Columns of `Batch.scaled`: F + M."""
         return len(self.numbers) + len(self.may_miss)
 
-    def transform(self, frame: Columns) -> Batch:
-        """The model inputs of a frame of B rows."""
+    def transform(self, frame: Columns, tokens: Tokens | None = None) -> Batch:
+        """The model inputs of a frame of B rows; `tokens`: of its texts, where they have been read before."""
         rows = len(next(iter(frame.values())))
         numbers = np.empty((rows, len(self.numbers)))
         for i, name in enumerate(self.numbers):
@@ -78,7 +97,9 @@ class Preprocess:
         missing = np.isnan(numbers)
         scaled = (np.clip(numbers, self.low, self.high) - self.mean) / self.std
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
-        return Batch(numbers, codes, scaled.astype(np.float32))
+        if self.reader is None:
+            return Batch(numbers, codes, scaled.astype(np.float32))
+        return Batch(numbers, codes, scaled.astype(np.float32), self.reader.read(frame) if tokens is None else tokens)
 
     def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
         """For each of B rows the categories whose value is not among those learned."""
@@ -93,20 +114,22 @@ class Preprocess:
         return [{word: i + 1 for i, word in enumerate(words)} for words in self.vocabulary]
 
     def save(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_json(path, {name: value for name, value in asdict(self).items() if name != "reader" or value})
 
     @classmethod
     def load(cls, path: Path) -> "Preprocess":
         body: dict[str, Any] = read_json(path)
         del body["format_version"]
         body["vocabulary"] = [tuple(words) for words in body["vocabulary"]]
-        return cls(**{name: tuple(value) for name, value in body.items()})
+        reader = body.pop("reader", None)
+        reader = Reader(**{**reader, "columns": tuple(reader["columns"])}) if reader else None
+        return cls(**{name: tuple(value) for name, value in body.items()}, reader=reader)
 
 
 def fit(
-    frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[Feature], *, rare: int = 20
+    frame: Mapping[str, np.ndarray], train: np.ndarray, features: Sequence[Feature], *, rare: int = 20, text: Text | None = None
 ) -> Preprocess:  # fmt: skip
-    """Learns ranges, scales and vocabularies from the rows where `train` is true.
+    """Learns ranges, scales, vocabularies and tokens from the rows where `train` is true.
 
     Numbers are clipped to their 0.1 and 99.9 percentiles before scaling. Categories seen fewer than `rare` times
     share the code of the unseen.
@@ -132,5 +155,6 @@ def fit(
         vocabulary.append(tuple(str(w) for w, n in zip(words, counts, strict=True) if n >= rare))
     scales = {name: tuple(values) for name, values in learned.items()}
     return Preprocess(
-        numbers=tuple(numbers), categories=tuple(categories), may_miss=tuple(may_miss), vocabulary=tuple(vocabulary), **scales
+        numbers=tuple(numbers), categories=tuple(categories), may_miss=tuple(may_miss), vocabulary=tuple(vocabulary),
+        reader=learn(text, frame, train) if text else None, **scales
     )

@@ -14,9 +14,12 @@ from features.ingest import Snapshot, read_table
 from features.preprocess import Batch, Preprocess
 from features.rows import PARTS, Rows, prediction_rows
 from features.store import FeatureSet, historical_features
+from features.tokens import Tokens
 from pipelines.home import Home
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Calendar, Spec
+
+TOKENS = "tokens.arrow"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TrainingSet:
 
 
 def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: FeatureSet, as_of: int, out: Path) -> Note:
-    """Writes `frame.parquet`, `preprocess.json` and `counts.json` into `out`."""
+    """Writes `frame.parquet`, `preprocess.json`, `counts.json` and the tokens of texts into `out`."""
     needed = {spec.rows.source, spec.label.source, *spec.closed_by}
     tables = {name: read_table(spec, home, snapshot, name) for name in needed}
     rows = prediction_rows(spec, tables, as_of)
@@ -47,8 +50,10 @@ def build_training_set(spec: Spec, home: Home, snapshot: Snapshot, features: Fea
     kept = np.flatnonzero(rows.part >= 0)
     table, t = rows.table.take(pa.array(kept)).combine_chunks(), rows.t[kept]
     frame = historical_features(spec, home, features, table, t)
-    fitted = preprocess.fit(frame, rows.part[kept] == 0, feature_list(spec))
+    fitted = preprocess.fit(frame, rows.part[kept] == 0, feature_list(spec), text=spec.features.text)
     fitted.save(out / "preprocess.json")
+    if fitted.reader:
+        fitted.reader.read(frame).save(out / TOKENS)
     columns = arrow_columns(frame)
     columns |= {"_label": pa.array(rows.label[kept]), "_part": pa.array(rows.part[kept]), "_t": pa.array(t),
                 "_key": rows.key.take(pa.array(kept))}  # fmt: skip
@@ -96,8 +101,9 @@ def load_training_set(folder: Path) -> TrainingSet:
         for name in table.column_names
         if name.startswith("_slice_")
     }
+    tokens = Tokens.load(folder / TOKENS) if fitted.reader else None
     return TrainingSet(
-        frame, fitted.transform(frame), table["_label"].to_numpy().astype(np.float64), table["_part"].to_numpy(),
+        frame, fitted.transform(frame, tokens), table["_label"].to_numpy().astype(np.float64), table["_part"].to_numpy(),
         table["_t"].to_numpy(), np.array(table["_key"].to_pylist(), object), slices, fitted,
         read_json(folder / "counts.json")["counts"],
     )  # fmt: skip

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from features.preprocess import Preprocess
 from features.rows import PARTS
-from features.trainset import TrainingSet
+from features.tokens import Tokens
+from features.trainset import TOKENS, TrainingSet
 from pipelines.errors import UsageError
 from pipelines.spec import Train
 
@@ -23,7 +24,7 @@ MIN_STEPS = 16  # steps per epoch that small tables get at least, by smaller bat
 
 @dataclass(frozen=True)
 class Arrays:
-    """N rows: `scaled` float32 (N, F + M), `codes` int64 (N, C), `label` float32 (N), `part` int8 (N).
+    """N rows: `scaled` float32 (N, F + M), `codes` int64 (N, C), `label` float32 (N), `part` int8 (N), `tokens` of texts.
 
     Without the training rows, where these lie in a Parquet file.
     """
@@ -33,11 +34,13 @@ class Arrays:
     label: np.ndarray
     part: np.ndarray
     preprocess: Preprocess
+    tokens: Tokens | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Arrays":
         found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES}
-        return cls(**found, preprocess=Preprocess.load(folder / "preprocess.json"))
+        tokens = Tokens.load(folder / TOKENS) if (folder / TOKENS).is_file() else None
+        return cls(**found, preprocess=Preprocess.load(folder / "preprocess.json"), tokens=tokens)
 
 
 def write_arrays(data: TrainingSet, folder: Path, train: Train, newest: int | None = None) -> Path:
@@ -55,13 +58,15 @@ def write_arrays(data: TrainingSet, folder: Path, train: Train, newest: int | No
         kept = data.part != PARTS.index("train")
     for name, value in zip(NAMES, (data.batch.scaled, data.batch.codes, data.label.astype(np.float32), data.part), strict=True):
         np.save(folder / f"{name}.npy", value[kept])
+    if data.batch.tokens is not None:
+        data.batch.tokens.save(folder / TOKENS)
     data.preprocess.save(folder / "preprocess.json")  # last: it says that the others are whole
     return folder
 
 
 def streams(train: Train, data: TrainingSet, newest: int | None = None) -> bool:
     """Whether the (newest) training rows are read from disk again in each epoch: a function of spec and rows alone."""
-    if train.feed != "auto":
+    if train.feed != "auto" or data.batch.tokens is not None:  # tokens lie in a file in any case
         return train.feed == "stream"
     return len(_newest(data, newest)) * _row_bytes(data) > train.feed_memory_mb * 2**20
 

@@ -1,4 +1,4 @@
-"""Training: the network on N ranks beside LightGBM on the same rows, calibration, and the choice on valid_select."""
+"""Training: the network on N ranks beside the baselines on the same rows, calibration, and the choice on valid_select."""
 
 import os
 import shutil
@@ -9,20 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from features.tokens import pretrained_digest
 from features.trainset import TrainingSet, load_training_set
 from models.arrays import epoch_shape, write_arrays
 from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
 from models.job import LIBRARIES, PROFILE, Job, Outcome, Progress, own_code
-from models.score import NetworkScorer, TreeScorer
+from models.score import NetworkScorer, Scorer, TreeScorer
 from models.tune import apply
+from models.words import Words, fit_words
 from pipelines.errors import MillraceError
 from pipelines.home import give_back_memory
 from pipelines.manifest import Note, code_digest, digest_of, file_digest, library_versions, read_json, write_json, write_page
 from pipelines.spec import Spec
 
-FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx"}
+FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx", "words": "words.json"}
+KINDS: dict[str, Callable[[Path], Scorer]] = {
+    "gbdt": TreeScorer, "gbdt_tuned": TreeScorer, "network": NetworkScorer, "words": Words.load,
+}  # fmt: skip
 
 
 def train_candidates(
@@ -39,16 +44,18 @@ def train_candidates(
     run = work.parent
     # a run that is taken up with other code or libraries, or rows made by other code, does not resume from what those left
     work /= digest_of([code_digest("models"), library_versions(*LIBRARIES), file_digest(data_folder / "frame.parquet"),
-                       *own_code(spec.train).values()])[:16]  # fmt: skip
+                       *own_code(spec.train).values(), *pretrained_digest(spec.features.text).values()])[:16]  # fmt: skip
     best = read_json(study / "best.json")
     ranks, accelerator = world(spec)
     epoch_shape(len(data.rows("train")), spec.train.batch_size, ranks)
-    job = Job(str(write_arrays(data, work / "arrays", spec.train)), apply(spec.train, _params(best, "network")), spec.seed,
+    job = Job(str(write_arrays(data, work / "arrays", spec.train)), apply(spec.training, _params(best, "network")), spec.seed,
               spec.train.max_epochs, accelerator=accelerator)  # fmt: skip
     folder = work / "network"
     job.prepare(folder)
     future = submit(folder, ranks=ranks, max_restarts=spec.train.max_restarts, hang_s=spec.train.hang_after / 1e6)
     trees = _forests(spec, data, best, out, max(1, default_threads() - ranks))  # while the ranks train
+    if data.batch.tokens is not None:
+        fit_words(data.batch, data.label, data.part).save(out / FILES["words"])
     outcome = finish(future, folder, ranks, progress, _follow_devices(folder, ranks) if accelerator == "gpu" else None)
     result = outcome.result
     if result.stopped or result.best_epoch is None:
@@ -125,15 +132,15 @@ def _choose(data: TrainingSet, out: Path) -> Choice:
     """Calibration and choice by the artefacts that would ship."""
     rows = data.rows("valid_select")
     batch = data.batch.take(rows)
-    scorers = {n: NetworkScorer if n == "network" else TreeScorer for n, f in FILES.items() if (out / f).exists()}
-    return choose({n: scorer(out / FILES[n]).logit(batch) for n, scorer in scorers.items()}, data.label[rows])
+    logits = {name: KINDS[name](out / file).logit(batch) for name, file in FILES.items() if (out / file).exists()}
+    return choose(logits, data.label[rows])
 
 
 def _write(
     data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str, Trees], out: Path, usage: dict[str, Any]
 ) -> None:  # fmt: skip
     members = [
-        {"name": n, "kind": "network" if n == "network" else "gbdt", "file": FILES[n], "a": c.a, "b": c.b}
+        {"name": n, "kind": n.removesuffix("_tuned"), "file": FILES[n], "a": c.a, "b": c.b}
         for n, c in choice.calibrations.items()
     ]
     prior = float(np.mean(data.label[data.rows("train")]))

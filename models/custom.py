@@ -1,7 +1,8 @@
 """A user's own network or LightningModule, named `package.module:Class` in the spec, in place of Millrace's network.
 
-It is made of those of the keywords of `_offered` that its constructor names. `forward(scaled, codes)` returns logits of
-shape (B,); a LightningModule also has `training_step` on batches (scaled, codes, label), and its own optimiser.
+It is made of those of the keywords of `_offered` that its constructor names. `forward(scaled, codes)`, or `forward(scaled,
+codes, tokens)` where there are texts, returns logits of shape (B,); a LightningModule also has `training_step` on batches of
+these and the label, and its own optimiser.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from features.preprocess import Preprocess
-from models.data import Resident
+from models.data import INPUTS, Resident
 from models.net import build_net
 from pipelines.errors import UsageError, nearest
 from pipelines.spec import Train
@@ -59,18 +60,20 @@ def _parameters(own: type) -> list[inspect.Parameter]:
 
 
 def _offered(preprocess: Preprocess | None, train: Train, steps: int) -> dict[str, Any]:
-    """Numbers F, missing flags M, sizes of the C categories; the spec's sections; optimiser steps to come."""
+    """Numbers F, missing flags M, sizes of the C categories, tokens V; the spec's sections; optimiser steps to come."""
     sizes = (len(preprocess.numbers), len(preprocess.may_miss), preprocess.sizes) if preprocess else (0, 0, ())
     return {**dict(zip(("numbers", "flags", "categories"), sizes, strict=True)), "network": train.network, "train": train,
-            "steps": steps}  # fmt: skip
+            "steps": steps, "vocabulary": preprocess.reader.size if preprocess and preprocess.reader else 0}  # fmt: skip
 
 
 def build(train: Train, preprocess: Preprocess, seed: int, steps: int) -> nn.Module:
     """The network of the spec, or the user's own; the seed alone decides its weights."""
     if train.module is None:
-        net = build_net(preprocess, train.network, seed)
-        net.recompute = train.gradient_checkpointing
-        return net
+        if preprocess.reader is None:
+            return build_net(preprocess, train, seed)
+        from models.text import build_text_net  # seconds, for what few tables need
+
+        return build_text_net(preprocess, train, seed)
     own, offered = load_class(train), _offered(preprocess, train, steps)
     torch.manual_seed(seed)
     try:
@@ -82,10 +85,11 @@ def build(train: Train, preprocess: Preprocess, seed: int, steps: int) -> nn.Mod
 def check_logits(net: nn.Module, rows: Resident, name: str) -> None:
     """Raises UsageError unless the user's network answers rows with one logit each."""
     count = len(rows.label)
-    asked = f"train.module {name!r}: forward(scaled {tuple(rows.scaled.shape)}, codes {tuple(rows.codes.shape)})"
+    given = ", ".join(f"{n} {tuple(v.shape)}" for n, v in zip(INPUTS, rows.inputs(), strict=False))
+    asked = f"train.module {name!r}: forward({given})"
     try:
         with torch.no_grad():
-            found = net.eval()(rows.scaled, rows.codes)
+            found = net.eval()(*rows.inputs())
     except Exception as error:
         raise UsageError(f"{asked} failed ({type(error).__name__}: {error}); expected logits of shape ({count},)") from error
     finally:

@@ -1,4 +1,4 @@
-"""The choice on valid_select: network, LightGBM, or their blend. N rows."""
+"""The choice on valid_select: network, LightGBM, a bag of words, or a blend of the network with one of them. N rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from models.calibrate import Calibration, fit_calibration, sigmoid
 from models.evaluate import auc, log_loss
 
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-_SIMPLEST_FIRST = ("gbdt", "gbdt_tuned", "network")
+_SIMPLEST_FIRST = ("words", "gbdt", "gbdt_tuned", "network")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Choice:
 
 
 def choose(logits: Mapping[str, np.ndarray], label: np.ndarray) -> Choice:
-    """Calibrates each member on these rows; compares members and blends of the network with each LightGBM."""
+    """Calibrates each member on these rows; compares members and blends of the network with each other one."""
     members = sorted(logits, key=_SIMPLEST_FIRST.index)
     calibrations = {name: fit_calibration(logits[name], label) for name in members}
     calibrated = {name: calibrations[name].logit(logits[name]) for name in members}
@@ -48,7 +48,7 @@ def simplest_best(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _best_blend(other: str, calibrated: Mapping[str, np.ndarray], label: np.ndarray) -> Candidate:
-    name = "blend" if other == "gbdt" else "blend_tuned"
+    name = other.replace("gbdt", "blend") if other.startswith("gbdt") else f"blend_{other}"
     tried = [_candidate(name, {"network": w, other: round(1 - w, 1)}, calibrated, label) for w in WEIGHTS]
     return simplest_best(tried)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from features.preprocess import Preprocess
-from models.data import Resident
+from models.data import INPUTS, Resident
 from pipelines.errors import MillraceError
 
 PARITY = 1e-4  # largest difference of a logit; float32 sums are ordered differently
@@ -21,19 +21,20 @@ def export_onnx(net: nn.Module, preprocess: Preprocess, rows: Resident, path: Pa
     Raises MillraceError when it is above PARITY.
     """
     net.eval()
-    example = (rows.scaled[:2], rows.codes[:2])
+    inputs = rows.inputs()
+    names = INPUTS[: len(inputs)]
+    axes = {name: {0: "rows", **({1: "length"} if name == "tokens" else {})} for name in names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            net, example, str(path), dynamo=False, input_names=["scaled", "codes"], output_names=["logit"],
-            dynamic_axes={"scaled": {0: "rows"}, "codes": {0: "rows"}, "logit": {0: "rows"}}, opset_version=17,
+            net, tuple(value[:2] for value in inputs), str(path), dynamo=False, input_names=[*names], output_names=["logit"],
+            dynamic_axes={**axes, "logit": {0: "rows"}}, opset_version=17,
         )  # fmt: skip
     with torch.no_grad():
-        expected = net(rows.scaled, rows.codes).numpy()
+        expected = net(*inputs).numpy()
     session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    names = {node.name for node in session.get_inputs()}
-    inputs = {"scaled": rows.scaled.numpy(), "codes": rows.codes.numpy()}
-    found = session.run(["logit"], {n: v for n, v in inputs.items() if n in names})[0]
+    used = {node.name for node in session.get_inputs()}
+    found = session.run(["logit"], {n: v.numpy() for n, v in zip(names, inputs, strict=True) if n in used})[0]
     gap = float(np.abs(found - expected).max(initial=0.0))
     if not gap <= PARITY:
         raise MillraceError(f"{path}: the exported network differs by {gap:g} from the trained one")

@@ -28,11 +28,11 @@ def find_rate(net: nn.Module, loader: Loader, decay: float, beat: Callable[[], N
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=decay)
     batches = (batch for _ in count() for batch in loader)
     mean, losses = 0.0, list[float]()
-    for step, (rate, (scaled, codes, label)) in enumerate(zip(RATES, batches, strict=False)):
+    for step, (rate, (*inputs, label)) in enumerate(zip(RATES, batches, strict=False)):
         torch.manual_seed(loader.seed * 1_009 + step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = binary_cross_entropy_with_logits(net(scaled, codes), label)
+        loss = binary_cross_entropy_with_logits(net(*inputs), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

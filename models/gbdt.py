@@ -108,6 +108,6 @@ def default_threads() -> int:
 
 
 def importance(text: str) -> np.ndarray:
-    """Total gain of each column of `Batch.trees`, as shares that add up to 1 (F + C)."""
+    """Total gain of each column of `Batch.trees`, as shares that add up to 1 (F + C, and V where there are texts)."""
     gain = np.asarray(lgb.Booster(model_str=text).feature_importance("gain"), np.float64)
     return gain / max(float(gain.sum()), 1e-300)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from models.data import Batch
 from models.strategy import shard
 from pipelines.spec import Train
 
@@ -26,9 +27,9 @@ class TabularModule(pl.LightningModule):
         """
         super().__init__()
         self.net, self.hyper, self.steps, self.split, self.say = net, train, steps, split, say
-        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
         if train.compile:
-            self.compiled = torch.compile(lambda scaled_BX, codes_BC: net(scaled_BX, codes_BC))  # not a module: it has no weights
+            self.compiled = torch.compile(lambda *inputs: net(*inputs))  # not a module: it has no weights
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Lightning keeps the name of the running hook here, some fifty times a step; PyTorch would look for weights in it."""
@@ -45,12 +46,12 @@ class TabularModule(pl.LightningModule):
         if self.device_mesh is not None:
             shard(self.net, self.device_mesh["data_parallel"])
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         if self.split == 1:
             return self._loss(batch)
         together = self.hyper.accumulate_grad_batches
         parts = list(zip(*(column.chunk(self.split) for column in batch), strict=True))
-        shares = [len(part[2]) / len(batch[2]) for part in parts]
+        shares = [len(part[-1]) / len(batch[-1]) for part in parts]
         if index % together == 0:
             self.zero_grad()
         before = 0.0
@@ -62,21 +63,21 @@ class TabularModule(pl.LightningModule):
         last = self._loss(parts[-1]) * shares[-1]
         return last + before
 
-    def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        scaled_BX, codes_BC, label_B = batch
-        return binary_cross_entropy_with_logits(self._logits(scaled_BX, codes_BC).float(), label_B)
+    def _loss(self, batch: Batch) -> Tensor:
+        *inputs, label_B = batch
+        return binary_cross_entropy_with_logits(self._logits(*inputs).float(), label_B)
 
-    def _logits(self, scaled_BX: Tensor, codes_BC: Tensor) -> Tensor:
+    def _logits(self, *inputs: Tensor) -> Tensor:
         if self.compiled is not None:
             try:
-                return self.compiled(scaled_BX, codes_BC)
+                return self.compiled(*inputs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no compiler, a graph that it cannot take, a disk that is full
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.say(f"train.compile was not used ({why[:300]}); training goes on without it")
                 self.compiled = None
-        logit: Tensor = self.net(scaled_BX, codes_BC)
+        logit: Tensor = self.net(*inputs)
         return logit
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:

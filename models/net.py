@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from features.preprocess import Preprocess
-from pipelines.spec import Network
+from pipelines.spec import Network, Train
 
 
 class TabularNet(nn.Module):
@@ -18,7 +18,8 @@ class TabularNet(nn.Module):
     alone learns smooth functions of its inputs only (Gorishniy et al., 2022, arXiv:2203.05556).
     """
 
-    def __init__(self, numbers: int, flags: int, categories: tuple[int, ...], network: Network) -> None:
+    def __init__(self, numbers: int, flags: int, categories: tuple[int, ...], network: Network, extra: int = 0) -> None:
+        """`extra`: further columns that `forward` is given."""
         super().__init__()
         self.numbers = numbers
         self.recompute = False  # hidden layers in the backward pass, so that their activations need not be kept
@@ -26,16 +27,16 @@ class TabularNet(nn.Module):
         periodic = numbers * network.frequencies > 0
         initial = network.sigma * torch.randn(numbers, network.frequencies)
         self.frequencies = nn.Parameter(initial) if periodic else None
-        width = numbers + flags + 2 * numbers * network.frequencies + network.embedding * len(categories)
+        width = numbers + flags + 2 * numbers * network.frequencies + network.embedding * len(categories) + extra
         layers: list[nn.Module] = []
         for _ in range(network.depth):
             layers += [nn.Linear(width, network.width), nn.ReLU(), nn.Dropout(network.dropout)]
             width = network.width
         self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
 
-    def forward(self, scaled: Tensor, codes: Tensor) -> Tensor:
-        """`scaled` float32 (B, F + M), `codes` int64 (B, C) → logit float32 (B)."""
-        inputs = [scaled]
+    def forward(self, scaled: Tensor, codes: Tensor, extra: Tensor | None = None) -> Tensor:
+        """`scaled` float32 (B, F + M), `codes` int64 (B, C), `extra` float32 (B, E) → logit float32 (B)."""
+        inputs = [scaled] if extra is None else [scaled, extra]
         if self.frequencies is not None:
             angle_BFK = 2 * math.pi * scaled[:, : self.numbers, None] * self.frequencies
             angle = angle_BFK.flatten(1)
@@ -49,7 +50,9 @@ class TabularNet(nn.Module):
         return logit.squeeze(1)
 
 
-def build_net(preprocess: Preprocess, network: Network, seed: int) -> TabularNet:
+def build_net(preprocess: Preprocess, train: Train, seed: int) -> TabularNet:
     """A fresh network for this preprocessing; the seed alone decides its weights."""
     torch.manual_seed(seed)
-    return TabularNet(len(preprocess.numbers), len(preprocess.may_miss), preprocess.sizes, network)
+    net = TabularNet(len(preprocess.numbers), len(preprocess.may_miss), preprocess.sizes, train.network)
+    net.recompute = train.gradient_checkpointing
+    return net

@@ -3,7 +3,7 @@
 Runs inside the serving process and in evaluation alike; imports numpy, onnxruntime and lightgbm, not torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,13 +13,14 @@ import numpy as np
 import onnxruntime as ort
 
 from models.calibrate import Calibration, sigmoid
+from models.words import Words
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json
 
 if TYPE_CHECKING:
     from features.preprocess import Batch
 
-CHUNK = 8192  # rows at a time: bounds memory on large batches
+CHUNK, CHUNK_TEXTS = 8192, 64  # rows at a time: bounds memory on large batches
 
 
 class Scorer(Protocol):
@@ -40,12 +41,24 @@ class NetworkScorer:
         self._inputs = {node.name for node in self._session.get_inputs()}
 
     def logit(self, batch: "Batch") -> np.ndarray:
-        inputs = {name: getattr(batch, name) for name in ("scaled", "codes") if name in self._inputs}
-        parts = [
-            self._session.run(["logit"], {name: value[i : i + CHUNK] for name, value in inputs.items()})[0]
-            for i in range(0, len(batch), CHUNK)
-        ]
-        return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+        found: np.ndarray = np.empty(len(batch))
+        for rows in _alike(batch):
+            inputs = {name: getattr(batch, name)[rows] for name in ("scaled", "codes") if name in self._inputs}
+            if batch.tokens is not None and "tokens" in self._inputs:
+                inputs["tokens"] = batch.tokens.take(rows).padded()
+            found[rows] = self._session.run(["logit"], inputs)[0]
+        return found
+
+
+def _alike(batch: "Batch") -> Iterator[slice | np.ndarray]:
+    """Rows that are answered together. Texts only with those of the same length, so that no row depends on its neighbours."""
+    if batch.tokens is None:
+        yield from (slice(i, i + CHUNK) for i in range(0, len(batch), CHUNK))
+        return
+    lengths = batch.tokens.lengths
+    order = np.argsort(lengths, kind="stable")
+    for same in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        yield from (same[i : i + CHUNK_TEXTS] for i in range(0, len(same), CHUNK_TEXTS))
 
 
 class TreeScorer:
@@ -60,7 +73,7 @@ class TreeScorer:
         return np.asarray(self._booster.predict(batch.trees, raw_score=True, num_threads=1), np.float64)
 
 
-_KINDS: dict[str, type[NetworkScorer] | type[TreeScorer]] = {"network": NetworkScorer, "gbdt": TreeScorer}
+_KINDS: dict[str, Callable[[Path], Scorer]] = {"network": NetworkScorer, "gbdt": TreeScorer, "words": Words.load}
 
 
 @dataclass(frozen=True)

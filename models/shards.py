@@ -43,7 +43,7 @@ class Shards:
         wanted = (np.arange(begin + rank, min(end, len(self)), world) for begin, end in bounds(shape, first))
         return (batch for _, batch in self._taken(seed, first * shape.batch, wanted))
 
-    def between(self, seed: int, begin: int, end: int) -> tuple[Tensor, Batch]:
+    def between(self, seed: int, shape: Shape, begin: int, end: int) -> tuple[Tensor, Batch]:
         return next(self._taken(seed, begin, iter([np.arange(begin, min(end, len(self)))])))
 
     def _taken(self, seed: int, first: int, wanted: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Batch]]:
@@ -78,8 +78,8 @@ class Shards:
                 found = [file.read_row_group(i, use_threads=False) for i in groups]
         except (OSError, pa.ArrowException) as error:
             raise MillraceError(f"{self.path} cannot be read ({error}); remove {self.path.parent}, it is made again") from error
-        rows = Resident(*(torch.from_numpy(values) for values in (
-            _matrix(found, SCALED, np.float32), _matrix(found, CODE, np.int64), _column(found, LABEL))))  # fmt: skip
+        scaled, codes = _matrix(found, SCALED, np.float32), _matrix(found, CODE, np.int64)
+        rows = Resident(torch.from_numpy(scaled), torch.from_numpy(codes), torch.from_numpy(_column(found, LABEL)))
         return Window(end - len(rows), end, shuffled(len(rows), seed), torch.from_numpy(_column(found, NUMBER)), rows)
 
 
@@ -117,5 +117,5 @@ def _column(tables: Sequence[pa.Table], name: str) -> np.ndarray:
 
 
 def _joined(parts: Sequence[tuple[Tensor, Batch]]) -> tuple[Tensor, Batch]:
-    scaled, codes, label = (torch.cat(columns) for columns in zip(*(batch for _, batch in parts), strict=True))
-    return torch.cat([numbers for numbers, _ in parts]), (scaled, codes, label)
+    columns = zip(*(batch for _, batch in parts), strict=True)
+    return torch.cat([numbers for numbers, _ in parts]), tuple(torch.cat(column) for column in columns)

@@ -30,7 +30,7 @@ from models.calibrate import sigmoid
 from models.checkpoints import Writer, newest, snapshot
 from models.clock import Clock
 from models.custom import build, check_logits
-from models.data import Loader, Resident, resident
+from models.data import Batch, Loader, Resident, resident
 from models.energy import Energy, meter_of
 from models.evaluate import auc, log_loss
 from models.find_rate import find_rate, found_rate
@@ -290,8 +290,8 @@ class Keeper(pl.Callback):
 
     def _bad_rows(self, batches: int) -> str:
         rows, batch = self.loader.last(batches)
-        bad = ~np.isfinite(logits(self.net, Resident(*batch)))
-        found = sorted(rows[torch.from_numpy(bad)].tolist())
+        bad = ~_answers(self.net, batch[:-1]).isfinite()
+        found = sorted(rows[bad].tolist())
         if len(found) in (0, len(rows)):
             return "no row by itself, the weights have run away"
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
@@ -391,18 +391,22 @@ class Keeper(pl.Callback):
         return Epoch(len(self.curve) + 1, mean, log_loss(label, p), auc(label, p))
 
 
-def logits(net: nn.Module, rows: Resident, beat: Callable[[], Any] | None = None, chunk: int = 8_192) -> np.ndarray:
+def logits(net: nn.Module, rows: Resident, beat: Callable[[], Any]) -> np.ndarray:
     """Logits of rows without dropout, float64; `beat` is told of every chunk."""
+    found: np.ndarray = np.empty(len(rows))
+    for some, inputs in rows.judged():
+        found[some.numpy()] = _answers(net, inputs).numpy()
+        beat()
+    return found
+
+
+def _answers(net: nn.Module, inputs: Batch) -> torch.Tensor:
     was, device = net.training, next(net.parameters()).device
     net.eval()
-    parts = []
     with torch.no_grad():
-        for i in range(0, len(rows.label), chunk):
-            parts.append(net(rows.scaled[i : i + chunk].to(device), rows.codes[i : i + chunk].to(device)).cpu())
-            if beat is not None:
-                beat()
+        found: torch.Tensor = net(*(column.to(device) for column in inputs)).cpu()
     net.train(was)
-    return torch.cat(parts).numpy().astype(np.float64)
+    return found
 
 
 def _leave(job: Job, folder: Path, keeper: Keeper, arrays: Arrays) -> None:

@@ -65,6 +65,8 @@ def tune_into(spec: Spec, data_folder: Path, study: Path, out: Path, *, progress
     count = sum(len(trials) for trials in found.values())
     pruned = sum(t.pruned for trials in found.values() for t in trials)
     best_text = "; ".join(f"{k} {b.log_loss:.4f} (slot {b.slot})" for k, b in bests.items() if b.log_loss is not None)
+    if not found:
+        return Note("nothing to search: neither tune.space nor tune.gbdt_space names a parameter")
     return Note(f"{count} trials in {spec.tune.generations} generations, {pruned} pruned; best log loss {best_text}")
 
 
@@ -78,7 +80,7 @@ def tune_network(spec: Spec, data_folder: Path, study: Path, progress: Progress 
     """Trials of the network on the newest `tune.rows` training rows, `tune.workers` at a time."""
     arrays, zygote = write_arrays(load_training_set(data_folder), study / "arrays", spec.train, spec.tune.rows), start_zygote()
     give_back_memory()  # only the ranks need the rows from here on
-    train = spec.train.model_copy(update={"profile": False, "power": spec.train.power.share(spec.tune.workers)})
+    train = spec.training.model_copy(update={"profile": False, "power": spec.train.power.share(spec.tune.workers)})
 
     def evaluate(slot: int, generation: int, params: Params, before: list[Trial]) -> Trial:
         folder = study / f"slot-{slot:04d}"

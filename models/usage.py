@@ -52,7 +52,7 @@ def flops_per_row(net: nn.Module, rows: Resident) -> float:
     net.eval()  # no mean of a BatchNorm moves, and nothing is computed twice to spare memory
     try:
         with FlopCounterMode(display=False) as counter:
-            answer = net(rows.scaled, rows.codes).sum()
+            answer = net(*rows.inputs()).sum()
             torch.autograd.grad(answer, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
     finally:
         net.train(was)

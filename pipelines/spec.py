@@ -406,11 +406,24 @@ class Auto(Model):
         return last
 
 
+class Text(Model):
+    """Columns of text, read as tokens. `text: [review]` means {columns: [review]}."""
+
+    columns: tuple[str, ...] = Field(min_length=1, description="string columns of the row; several are read one after another")
+    max_tokens: int = Field(128, ge=4, description="tokens of a row that are read; what comes after them is cut off")
+    vocabulary: int = Field(8_000, ge=100, description="different tokens at most, learned from the training part")
+    lowercase: bool = Field(True, description="capital letters are read as small ones")
+    pretrained: str = Field(
+        "", description="folder of a Hugging Face encoder with whose tokens, settings and weights training begins; empty: none"
+    )
+
+
 class Features(Model):
     """Everything that the model sees, defined once for training and serving. `features: auto` means {auto: {}}."""
 
     auto: Auto | None = Field(None, description="propose and choose features; what else is written here stays")
     row: tuple[str, ...] = Field((), description="columns of the row itself")
+    text: Text | None = Field(None, description="columns of the row that are texts")
     calendar: Calendar | None = None
     views: dict[str, View] = Field({}, description="name → group of features")
     derived: dict[str, Derived] = Field({}, description="name → a number made of two others")
@@ -419,14 +432,28 @@ class Features(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_auto(cls, data: Any) -> Any:
+    def _short(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("text"), str | list):
+            return {**data, "text": {"columns": [data["text"]] if isinstance(data["text"], str) else data["text"]}}
         return {"auto": {}} if data == "auto" else data
 
     @model_validator(mode="after")
     def _alone(self) -> "Features":
         if self.auto and self.only:
             raise ValueError("auto chooses itself: give either auto or only")
+        if self.auto and self.text:
+            raise ValueError("auto proposes numbers and categories: where there is text, write the features beside it yourself")
         return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of the row that are texts."""
+        return self.text.columns if self.text else ()
+
+    @model_serializer(mode="wrap")
+    def _only_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is not used stands in no digest."""
+        return {k: v for k, v in dump(self).items() if k != "text" or v is not None}
 
 
 class TimeSplit(Model):
@@ -559,6 +586,11 @@ class Train(Model):
     """Training of the network, by PyTorch Lightning."""
 
     network: Network = Network()
+    encoder: dict[str, bool | int | float | str] = Field(
+        {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
+        description="what reads features.text: model_type and settings of a Hugging Face encoder, under their own names; a "
+        "pretrained one brings its own",
+    )
     module: str | None = Field(
         None, description="package.module:Class of your own network or LightningModule, in place of Millrace's network"
     )
@@ -656,7 +688,7 @@ class Train(Model):
 
 _OPTIONS = frozenset({
     "schedule", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "ema", "swa", "precision", "compile",
-    "strategy", "trainer", "module", "gradient_checkpointing", "feed", "feed_memory_mb",
+    "strategy", "trainer", "module", "encoder", "gradient_checkpointing", "feed", "feed_memory_mb",
     "profile", "power",
 })  # fmt: skip
 
@@ -792,6 +824,12 @@ class Spec(Model):
         return self.sources[self.rows.source]
 
     @property
+    def training(self) -> Train:
+        """How the network is trained; the pretrained encoder in place of its own, where the texts have one."""
+        folder = self.features.text.pretrained if self.features.text else ""
+        return self.train.model_copy(update={"encoder": {"pretrained": folder}}) if folder else self.train
+
+    @property
     def row_key(self) -> tuple[str, ...]:
         return ("row_digest",) if isinstance(self.rows.key, str) else self.rows.key
 
@@ -851,6 +889,7 @@ class _Check:
             self.check_untimed()
         for column in spec.features.row:
             self.column(spec.rows.source, column, "features.row", "string", "int64", "float64", "bool")
+        self.check_text()
         for name, view in spec.features.views.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or "__" in name:
                 raise ValueError(f"features.views {name!r}: use lower-case letters, digits and single underscores")
@@ -934,6 +973,17 @@ class _Check:
                 raise ValueError(f"features.views.{name} needs a time, and this pipeline says time: none")
         if spec.split.by != "hash":
             raise ValueError("time: none splits by a hash of the key: give split.by: hash and four shares")
+
+    def check_text(self) -> None:
+        features = self.spec.features
+        self.once(features.texts, "features.text.columns")
+        for column in features.texts:
+            self.not_label(column, "features.text.columns")
+            self.column(self.spec.rows.source, column, "features.text.columns", "string")
+            if column in features.row:
+                raise ValueError(f"features.row {column!r} is a text: leave it out there")
+        if features.text and self.spec.train.feed == "stream":
+            raise ValueError("train.feed: stream is for tables without features.text, whose tokens are read from disk already")
 
     def check_derived(self) -> None:
         derived = self.spec.features.derived

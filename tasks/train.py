@@ -1,6 +1,7 @@
 """Stage 6: the network on N ranks, LightGBM on the same rows, calibration and choice on valid_select."""
 
 from deploy.tracking import follow
+from features.tokens import pretrained_digest
 from models.candidate import train_candidates
 from models.job import own_code
 from pipelines.manifest import Artifact, make_artifact
@@ -12,7 +13,7 @@ def _key(run: Run, data: Artifact, study: Artifact) -> str:
     _, spec = opened(run)
     profiled = {"profile": run.run_id} if spec.train.profile else {}  # so that it is not found as done
     return stage_key(run, "models", "train", data=data.digest, study=study.digest, spec=run.spec_digest,
-                     **own_code(spec.train), **profiled)  # fmt: skip
+                     **own_code(spec.train), **pretrained_digest(spec.features.text), **profiled)  # fmt: skip
 
 
 @stage(key=_key, tags=["model"], timeout_s=24 * 3_600)

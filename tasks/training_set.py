@@ -2,6 +2,7 @@
 
 from features.ingest import read_snapshot
 from features.store import FeatureSet
+from features.tokens import pretrained_digest
 from features.trainset import build_training_set
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
@@ -9,8 +10,9 @@ from tasks.policy import opened, stage, stage_key
 
 
 def _key(run: Run, features: FeatureSet) -> str:
+    _, spec = opened(run)
     return stage_key(run, "features", "training_set", features=features.digest, as_of=run.as_of_us,
-                     spec=run.spec_digest)  # fmt: skip
+                     spec=run.spec_digest, **pretrained_digest(spec.features.text))  # fmt: skip
 
 
 @stage(key=_key, tags=["data"], timeout_s=3_600)

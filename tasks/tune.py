@@ -1,5 +1,6 @@
 """Stage 5: generations of pruned, resumable trials on valid_fit."""
 
+from features.tokens import pretrained_digest
 from models.job import own_code
 from models.tune import tune_into
 from pipelines.manifest import Artifact, make_artifact
@@ -9,7 +10,8 @@ from tasks.policy import bar, opened, stage, stage_key
 
 def _key(run: Run, data: Artifact) -> str:
     _, spec = opened(run)
-    return stage_key(run, "models", "tune", data=data.digest, spec=run.spec_digest, **own_code(spec.train))
+    return stage_key(run, "models", "tune", data=data.digest, spec=run.spec_digest, **own_code(spec.train),
+                     **pretrained_digest(spec.features.text))  # fmt: skip
 
 
 @stage(key=_key, tags=["model"], timeout_s=6 * 3_600)

@@ -170,3 +170,12 @@ def test_precision(tmp_path: Path) -> None:
     speeds = {name for name in figures if "speedup" in name}
     assert len(speeds) == 3 and all(name.endswith("_cpu") == (figures["device"] == "cpu") for name in speeds)
     assert max(figures["log_loss"].values()) - min(figures["log_loss"].values()) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_text(tmp_path: Path) -> None:
+    figures = run("text", tmp_path)["figures"]
+    assert {"network", "tokens", "words", "words and pairs", "letters", "gbdt"} <= figures["auc"].keys() == figures["log_loss"].keys()
+    assert min(figures["auc"].values()) > 0.55 and figures["padded_share"]["like length"] < 0.5 * figures["padded_share"]["random"]
+    assert figures["bucket_speedup"] > 0 and figures["MiniLM"]["parameters"] > 1e7 and figures["MiniLM"]["answer_ms"] > 0

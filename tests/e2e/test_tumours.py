@@ -33,11 +33,11 @@ def served_key(home: Home) -> str:
     return found
 
 
-def logged(home: Home, request_id: str) -> list[dict[str, Any]]:
+def logged(home: Home, request_id: str, pipeline: str = "tumours") -> list[dict[str, Any]]:
     """The log's rows of one request, once they are written."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        rows: list[dict[str, Any]] = read_log(home.predictions("tumours")).to_pylist()
+        rows: list[dict[str, Any]] = read_log(home.predictions(pipeline)).to_pylist()
         found = [row for row in rows if row["request_id"] == request_id]
         if found:
             return found

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 from features import preprocess
 from features.frame import Feature
 from features.rows import PARTS
-from features.trainset import TrainingSet, load_training_set
+from features.trainset import TOKENS, TrainingSet, load_training_set
 from pipelines.manifest import write_json
-from pipelines.spec import Spec, load_spec
+from pipelines.spec import Spec, Text, load_spec
 
 SHARES = (0.6, 0.15, 0.1, 0.15)
 
@@ -26,7 +26,8 @@ def small_spec(*overrides: str) -> Spec:
     return load_spec("tumours", [*small, *overrides])
 
 
-def write_small(folder: Path, rows: int = 4_000, seed: int = 3, categories: bool = True) -> TrainingSet:
+def write_small(folder: Path, rows: int = 4_000, seed: int = 3, categories: bool = True,
+                text: bool = False) -> TrainingSet:  # fmt: skip
     """Writes a training set as `build_training_set` does, and loads it."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 4))
@@ -38,11 +39,19 @@ def write_small(folder: Path, rows: int = 4_000, seed: int = 3, categories: bool
     if categories:
         frame["kind"] = np.array([f"k{k}" for k in kind], object)
         frame["place"] = np.array([None if p == 4 else f"p{p}" for p in place], object)
+    if text:  # tells in what order two words stand, and nothing by which words there are
+        said, more = np.where(x[:, 0] > 0, "not good", "good not"), rng.integers(0, 12, rows)
+        words = [" ".join([a, *(f"word{w}" for w in rng.integers(0, 40, n))]) for a, n in zip(said, more, strict=True)]
+        frame = {"x1": x[:, 1], "kind": frame["kind"], "remark": np.array(words, object)}
     edges = np.cumsum(SHARES)[:-1] * rows
     part = np.searchsorted(edges, np.arange(rows), side="right").astype(np.int8)
-    features = [Feature(n, "category" if v.dtype == object else "number", "row") for n, v in frame.items()]
+    kinds = {n: "text" if n == "remark" else "category" if v.dtype == object else "number" for n, v in frame.items()}
+    features = [Feature(n, kind, "row") for n, kind in kinds.items()]  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
-    preprocess.fit(frame, part == 0, features).save(folder / "preprocess.json")
+    fitted = preprocess.fit(frame, part == 0, features, text=Text(columns=("remark",), max_tokens=16) if text else None)
+    fitted.save(folder / "preprocess.json")
+    if fitted.reader:
+        fitted.reader.read(frame).save(folder / TOKENS)
     columns = {n: pa.array(v, pa.string() if v.dtype == object else pa.float64()) for n, v in frame.items()}
     columns |= {"_label": pa.array(label), "_part": pa.array(part), "_t": pa.array(np.arange(rows)),
                 "_key": pa.array([f"row{i:06d}" for i in range(rows)]),

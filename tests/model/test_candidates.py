@@ -96,7 +96,7 @@ def test_lightgbm_stops_early_and_reads_categories(data: TrainingSet) -> None:
 
 
 def test_export_has_one_file_a_free_batch_and_the_same_answers(data: TrainingSet, tmp_path: Path) -> None:
-    net = build_net(data.preprocess, Network(width=32, frequencies=4), 3)
+    net = build_net(data.preprocess, Train(network=Network(width=32, frequencies=4)), 3)
     with torch.no_grad():
         for weight in net.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
@@ -118,12 +118,12 @@ def test_export_has_one_file_a_free_batch_and_the_same_answers(data: TrainingSet
 def test_export_without_categories_or_frequencies(network: Network, tmp_path: Path) -> None:
     data = write_small(tmp_path / "set", rows=300, categories=False)
     rows = Resident(torch.from_numpy(data.batch.scaled), torch.from_numpy(data.batch.codes), torch.from_numpy(data.label))
-    export_onnx(build_net(data.preprocess, network, 3), data.preprocess, rows, tmp_path / "a.onnx")
+    export_onnx(build_net(data.preprocess, Train(network=network), 3), data.preprocess, rows, tmp_path / "a.onnx")
     assert NetworkScorer(tmp_path / "a.onnx").logit(data.batch).shape == (300,)
 
 
 def test_a_network_is_a_function_of_its_seed(data: TrainingSet) -> None:
-    one, same, other = (build_net(data.preprocess, Network(), seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (build_net(data.preprocess, Train(), seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not all(torch.equal(one[k], other[k]) for k in one)
 
@@ -150,7 +150,7 @@ def test_scores_are_what_training_computed(trained: Trained, data: TrainingSet) 
     trees = lgb.Booster(model_file=str(out / "gbdt.txt")).predict(test.trees, raw_score=True)
     assert (answers["gbdt"] == sigmoid(lines["gbdt"]["a"] * trees + lines["gbdt"]["b"])).all()
     train = apply(small_spec().train, {"network.width": 24})
-    net = build_net(data.preprocess, train.network, 0)
+    net = build_net(data.preprocess, train, 0)
     net.load_state_dict(load_file(out / "network.safetensors"))
     net.eval()
     with torch.no_grad():

@@ -61,7 +61,7 @@ def by_hand(wanted: Job) -> dict[str, np.ndarray]:
     shape = epoch_shape(len(rows.label), train.batch_size, 1)
     together = train.accumulate_grad_batches
     steps = math.ceil(shape.steps / together)
-    net = build_net(data.preprocess, train.network, wanted.seed)
+    net = build_net(data.preprocess, train, wanted.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
     warm = max(1, round(train.warmup * steps))
     falls = {"cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)), "linear": lambda x: 1 - x, "constant": lambda x: 1.0}
@@ -213,7 +213,7 @@ def test_fp8_is_refused_where_no_hardware_has_it(zygote: Zygote, arrays: Path, t
 def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(arrays: Path) -> None:
     said: list[str] = []
     data = Arrays.load(arrays)
-    net = build_net(data.preprocess, small_spec(QUIET).train.network, 1)
+    net = build_net(data.preprocess, small_spec(QUIET).train, 1)
     module = TabularModule(net, Train(), 10, 1, say=said.append)
 
     def broken(scaled: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ def test_a_loss_that_no_rate_lowers_is_one_clear_error(arrays: Path) -> None:
     rows.scaled[:] = float("nan")
     loader = Loader(rows, epoch_shape(320, 64, 1), 1, 0, 1)
     with pytest.raises(UsageError, match=r"^train.learning_rate auto: no rate .* lowers the loss; give a number$"):
-        find_rate(build_net(data.preprocess, small_spec().train.network, 1), loader, 0.0, lambda: None)
+        find_rate(build_net(data.preprocess, small_spec().train, 1), loader, 0.0, lambda: None)
 
 
 def test_layers_that_are_computed_again_keep_less_and_learn_the_same_bits(arrays: Path) -> None:

@@ -30,7 +30,7 @@ from pipelines.errors import MillraceError, UsageError
 from pipelines.home import open_home
 from pipelines.manifest import read_json
 from pipelines.run import pin, result_spec, take_up, unfinished
-from pipelines.spec import Network, Power
+from pipelines.spec import Network, Power, Train
 from tests.model.small import small_spec
 from tests.model.test_supervisor import reached, record
 from tests.model.test_training import assert_same, job, newest_step, run, strike, until, weights
@@ -162,7 +162,7 @@ def test_a_tally_outlives_its_process_and_a_disk_that_is_full(tmp_path: Path) ->
 
 def test_flops_are_those_of_the_matrix_products(arrays: Path) -> None:
     found = Arrays.load(arrays)
-    net = build_net(found.preprocess, Network(width=16, depth=2, frequencies=0, dropout=0.1), 1)
+    net = build_net(found.preprocess, Train(network=Network(width=16, depth=2, frequencies=0, dropout=0.1)), 1)
     rows = resident(found, "valid_fit", 8)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     sizes = [p.numel() for name, p in net.mlp.named_parameters() if name.endswith("weight")]

@@ -49,7 +49,7 @@ def held(small: TrainingSet) -> Resident:
 
 
 def order(rows: Shards, seed: int) -> list[int]:
-    return [*rows.between(seed, 0, len(rows))[0].tolist()]
+    return [*rows.between(seed, SHAPE, 0, len(rows))[0].tolist()]
 
 
 def epoch(loader: Loader) -> list[tuple[torch.Tensor, ...]]:
@@ -66,7 +66,7 @@ def test_every_row_comes_once_with_its_values_in_an_order_of_the_seed(rows: Shar
     assert len(rows) == len(held) and len(rows.sizes) > 2 * shards.WINDOW
     first, second = order(rows, 1), order(rows, 2)
     assert sorted(first) == sorted(second) == [*range(len(rows))] and first != second and first == order(rows, 1)
-    numbers, values = rows.between(1, 100, 1_500)
+    numbers, values = rows.between(1, SHAPE, 100, 1_500)
     assert numbers.tolist() == first[100:1_500]
     assert same([values], [held.take(numbers)])
 
@@ -121,7 +121,7 @@ def test_row_groups_meet_others_in_the_next_epoch(rows: Shards, folder: Path) ->
 
 def test_the_newest_rows_alone(small: TrainingSet, tmp_path: Path) -> None:
     newest = Shards(write_arrays(small, tmp_path / "arrays", STREAM, newest=300) / SHARDS)
-    numbers, values = newest.between(1, 0, 300)
+    numbers, values = newest.between(1, SHAPE, 0, 300)
     some = small.rows("train")[-300:]
     assert len(newest) == 300
     assert np.array_equal(values[0].numpy(), small.batch.scaled[some][numbers.numpy()])
