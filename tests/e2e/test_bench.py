@@ -176,6 +176,7 @@ def test_precision(tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 def test_text(tmp_path: Path) -> None:
     figures = run("text", tmp_path)["figures"]
-    assert {"network", "tokens", "words", "words and pairs", "letters", "gbdt"} <= figures["auc"].keys() == figures["log_loss"].keys()
-    assert min(figures["auc"].values()) > 0.55 and figures["padded_share"]["like length"] < 0.5 * figures["padded_share"]["random"]
+    assert {"network", "tokens", "words", "words and pairs", "letters", "gbdt"} <= figures["auc"].keys()
+    assert min(figures["auc"].values()) > 0.55
+    assert figures["padded_share"]["like length"] < 0.5 * figures["padded_share"]["random"]
     assert figures["bucket_speedup"] > 0 and figures["MiniLM"]["parameters"] > 1e7 and figures["MiniLM"]["answer_ms"] > 0

@@ -210,7 +210,7 @@ def test_training_begins_with_the_weights_of_a_folder(texts: tuple[Path, Trainin
     net = build(train, replace(data.preprocess, reader=reader), 3, 10)
     for name, value in net.encoder.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(value, trained.state_dict()[name]), name
-    with pytest.raises(UsageError, match="max_tokens 30: the encoder in .* reads 20 at most"):
+    with pytest.raises(UsageError, match=r"max_tokens 30: the encoder in .* reads 20 at most"):
         build(train, replace(data.preprocess, reader=replace(reader, max_tokens=30)), 3, 10)
 
 
@@ -234,7 +234,7 @@ def test_an_encoder_that_cannot_be_made_is_one_clear_error(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_stage_races_the_network_against_a_bag_of_words(texts: tuple[Path, TrainingSet], tmp_path: Path) -> None:
-    folder, data = texts
+    folder, _ = texts
     write_json(tmp_path / "study" / "best.json", {})
     (tmp_path / "out").mkdir()
     spec = small_spec().model_copy(update={"train": training(learning_rate=0.005)})
