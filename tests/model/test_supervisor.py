@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -279,6 +280,30 @@ def test_a_rank_that_is_killed_again_and_again_is_not_given_up(unruly: Zygote, a
     assert hit.restarts == ("rank 1 died of signal 9",) * 3 and not hit.notes
     assert hit.result == calm.result
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
+
+
+TAKEN = """
+import os, models.supervisor
+was = models.supervisor._environment
+def environment(rank, slots, ranks, port, generation, *rest):
+    return was(rank, slots, ranks, int(os.environ["TAKEN"]) if generation == 0 else port, generation, *rest)
+models.supervisor._environment = environment
+models.supervisor.serve()
+"""
+
+
+@pytest.mark.slow
+def test_a_port_that_somebody_takes_first_costs_a_restart(
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("TAKEN", str(taken.getsockname()[1]))
+        unlucky = Zygote(("-c", TAKEN))
+        job(arrays, epochs=1).prepare(tmp_path)
+        outcome = launch(tmp_path, ranks=2, max_restarts=2, zygote=unlucky)
+    unlucky.close()
+    assert outcome.restarts == ("rank 0 failed",) and outcome.ranks == 2 and outcome.result.best_epoch == 1
+    assert "EADDRINUSE" in (tmp_path / "rank-0.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
