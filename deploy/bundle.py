@@ -28,7 +28,8 @@ SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "views")),
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "score")),
-    *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),
+    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "imports", "loaded", "predictions", "requests",
+                                      "service", "tables")),
 )
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 
