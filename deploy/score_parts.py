@@ -244,7 +244,7 @@ class _Scoring:
         def one() -> None:
             nonlocal done
             try:
-                with _process(self.home, src, job, running) as ask:
+                with scoring_process(self.home, src, job, running) as ask:
                     while not failed and not waiting.empty():
                         part = waiting.get_nowait()
                         counts = ask(part)
@@ -312,13 +312,19 @@ def _kill(running: list[subprocess.Popen[str]]) -> None:
 
 
 @contextmanager
-def _process(home: Home, src: Path, job: Job, running: list[subprocess.Popen[str]]) -> Iterator[Callable[[Part], Counts]]:
-    """Asks a process of the bento about parts, one after another. Raises MillraceError as it says, or when it has ended."""
+def scoring_process(
+    home: Home, src: Path, job: Job, running: list[subprocess.Popen[str]] | None = None
+) -> Iterator[Callable[[Part], Counts]]:  # fmt: skip
+    """Has a process of a bento score parts, one after another; it is noted among the `running`.
+
+    Raises MillraceError as it says, or when it has ended.
+    """
     env = {**os.environ, **process_env(home), "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen([sys.executable, "-m", "deploy.batch"], cwd=src, env=env, stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=words, text=True)  # fmt: skip
-        running.append(process)
+        if running is not None:
+            running.append(process)
         into, out = process.stdin, process.stdout
         assert into is not None and out is not None
 
