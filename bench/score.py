@@ -37,7 +37,7 @@ from features.frame import arrow_columns
 from features.online import OnlineStore
 from features.trainset import load_training_set
 from pipelines.home import Home, open_home, process_env
-from pipelines.manifest import ROOT
+from pipelines.manifest import ROOT, read_json
 from tests.command import QUICK
 
 FULL = ("tune.generations=1", "tune.size=2", "tune.max_epochs=1")
@@ -212,7 +212,7 @@ def measure(home: Home, release: Release, folder: Path, rows: int, rounds: int) 
         "loop_ratio_to_handwritten": ratio("loop_s", "loop_by_hand_s"), "speedup_2": round(seconds / two.seconds, 2),
         "keys_rows_per_s": round(rows // PARTS / by_keys.seconds), "endpoint_equal": equal, "endpoint_rows": asked,
         "kill_resume_equal": contents(folder / "killed") == contents(folder / "whole"), "kills": kills, "peak_mb": peak,
-        "raw_mb": round(rows * len(pq.read_schema(source)) * 8 / 1e6), "model": json.loads((bundle / "model.json").read_text())["chosen"],
+        "raw_mb": round(rows * len(pq.read_schema(source)) * 8 / 1e6), "model": read_json(bundle / "model.json")["chosen"],
     }  # fmt: skip
     return figures, ran
 

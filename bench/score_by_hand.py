@@ -48,7 +48,7 @@ def main(bundle: Path, source: Path, out: Path) -> float:
                 scaled = np.where(missing, 0, (np.clip(numbers, low, high) - mean) / std)
                 fed = {"scaled": np.hstack([scaled, missing[:, learned["may_miss"]]]).astype(np.float32), "codes": codes}
                 logit = runs[name].run(None, {i.name: fed[i.name] for i in runs[name].get_inputs()})[0]
-            total += weight * (members[name]["a"] * logit + members[name]["b"])
+            total += weight * (members[name]["a"] * logit.astype(np.float64) + members[name]["b"])
         table = pa.table({"row_id": batch["row_id"], "probability": 1 / (1 + np.exp(-total))})
         writer = writer or pq.ParquetWriter(out, table.schema)
         writer.write_table(table)

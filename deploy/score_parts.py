@@ -345,7 +345,8 @@ def scoring_process(
             return answer
 
         try:
-            ask(job)
+            if held := {what: names for what, names in ask(job).items() if names}:  # as in preflight
+                raise MillraceError(f"a scoring process of {src} holds {held}: package the release again")
             yield lambda part: Counts(**ask(part))
         finally:
             with suppress(BrokenPipeError):

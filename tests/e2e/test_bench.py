@@ -170,3 +170,15 @@ def test_precision(tmp_path: Path) -> None:
     speeds = {name for name in figures if "speedup" in name}
     assert len(speeds) == 3 and all(name.endswith("_cpu") == (figures["device"] == "cpu") for name in speeds)
     assert max(figures["log_loss"].values()) - min(figures["log_loss"].values()) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_score(tmp_path: Path) -> None:
+    body = run("score", tmp_path)
+    figures = body["figures"]
+    assert figures["endpoint_equal"] and figures["endpoint_rows"] > 2_100
+    assert figures["kill_resume_equal"] and figures["kills"] == 5
+    assert all(figures[name] > 0 for name in ("rows_per_s", "ratio_to_handwritten", "loop_ratio_to_handwritten", "speedup_2"))
+    few, many = figures["peak_mb"].values()
+    assert 0 < few and many < few + 100

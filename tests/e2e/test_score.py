@@ -1,17 +1,14 @@
 """Batch scoring: the endpoint's numbers, each part once, whatever is killed; what is wrong is said and leaves nothing."""
 
-import json
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,12 @@ from deploy import score_parts
 from deploy.process import Service, call
 from deploy.requests import key_fields
 from deploy.rollout import Release, bento_folder, champion, promote
-from deploy.score_parts import MANIFEST, ScoredFiles, score_files
+from deploy.score_parts import MANIFEST, ScoredFiles, score_files, scoring_process
 from deploy.tables import Job, Part, check_text, in_path, values_of
 from features.feed import feed
 from pipelines.clock import Anchor, parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
-from pipelines.home import Home, process_env
+from pipelines.home import Home
 from pipelines.manifest import read_json
 from pipelines.spec import load_spec
 from tests.command import command, environment, millrace
@@ -321,31 +318,10 @@ def test_what_was_made_of_something_else_is_refused_with_the_difference(copied: 
     with pytest.raises(Refused) as error:
         score_files(copied_home, "tumours", str(source), out, batch_rows=65)
     assert str(error.value) == (
-        f"{out} was made of something else: release is millrace_tumours:other, was {now.release}; batch_rows is 65, was 64; input "
-        "day=1/rows.parquet has changed; input day=2/rows.parquet is gone; give another folder, or delete this one"
+        f"{out} was made of something else: release is millrace_tumours:other, was {now.release}; batch_rows is 65, was 64; "
+        "input day=1/rows.parquet has changed; input day=2/rows.parquet is gone; give another folder, or delete this one"
     )
     assert files_in(out) == before
-
-
-@contextmanager
-def scoring_process(home: Home, release: Release, job: Job) -> Iterator[tuple[subprocess.Popen[str], Callable[[Job | Part], Any]]]:
-    """A process of the bento, and how it is asked."""
-    src = bento_folder(home, release) / "src"
-    process = subprocess.Popen([sys.executable, "-m", "deploy.batch"], cwd=src, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env={**os.environ, **process_env(home), "PYTHONPATH": str(src)})  # fmt: skip
-    assert process.stdin and process.stdout
-
-    def ask(what: Job | Part) -> Any:
-        assert process.stdin and process.stdout
-        print(json.dumps(asdict(what)), file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
-
-    try:
-        assert ask(job) == {"refused": [], "outside": []}  # neither feast nor pandas, and all of ours from the bento
-        yield process, ask
-    finally:
-        process.stdin.close()
-        assert process.wait(timeout=10) == 0
 
 
 def test_a_part_that_cannot_be_scored_leaves_nothing_and_the_next_is_scored(tumours_home: Home, tmp_path: Path) -> None:
@@ -360,34 +336,39 @@ def test_a_part_that_cannot_be_scored_leaves_nothing_and_the_next_is_scored(tumo
         file.seek(at + 60)
         file.write(bytes(200))
     area = table.schema.get_field_index("mean_area")
-    infinite = pa.array([float("inf") if i == 400 else 1.0 for i in range(569)])
-    pq.write_table(table.set_column(area, "mean_area", infinite), source / "infinite.parquet")
+    areas = pa.array([float("inf") if i == 400 else 1.0 for i in range(569)])
+    pq.write_table(table.set_column(area, "mean_area", areas), source / "infinite.parquet")
     out = tmp_path / "out"
-    with scoring_process(tumours_home, release, Job(str(source), str(out), "features", 64, 0, "")) as (process, ask):
+    running: list[subprocess.Popen[str]] = []
+    job = Job(str(source), str(out), "features", 64, 0, "")
+    with scoring_process(tumours_home, bento_folder(tumours_home, release) / "src", job, running) as ask:
 
-        def error(name: str, groups: int) -> str:
-            answer = ask(Part(f"{name}-0.parquet", f"{name}.parquet", 0, groups, 0, 569))
-            assert [*answer] == ["error"] and (name == "full" or not files_in(out))
-            return str(answer["error"])
+        def error(name: str, groups: int = 1) -> str:
+            with pytest.raises(MillraceError) as found:
+                ask(Part(f"{name}-0.parquet", f"{name}.parquet", 0, groups, 0, 569))
+            assert not files_in(out)
+            return str(found.value)
 
-        torn = error("torn", 6)
-        assert f"{source}: torn.parquet: rows from 256 on (row groups 0 to 5) cannot be read: " in torn and torn.endswith(
-            "; put a whole copy there, and type the command again"), torn
-        assert error("infinite", 1) == f"{source}: infinite.parquet: row 400: mean_area is inf; expected a number below 2^63, or null"
-        assert "gone.parquet: rows from 0 on" in error("gone", 1)
-        limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
-        full = error("good", 1)
+        torn, end = error("torn", 6), "; put a whole copy there, and type the command again"
+        assert torn.startswith(f"{source}: torn.parquet: rows from 256 on (row groups 0 to 5) cannot be read: "), torn
+        assert torn.endswith(end)
+        infinite = "infinite.parquet: row 400: mean_area is inf; expected a number below 2^63, or null"
+        assert error("infinite") == f"{source}: {infinite}"
+        assert "gone.parquet: rows from 0 on" in error("gone")
+        limits = resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+        full = error("good")
         assert full.startswith(f"{out}/good-0.parquet: cannot be written (") and "File too large" in full, full
         assert full.endswith("; free space or rights there, and type the command again: finished parts stay")
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
-        assert ask(Part("good-0.parquet", "good.parquet", 0, 1, 0, 569)) == {"rows": 569, "refused": 0, "unknown": 0}
+        resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, limits)
+        assert ask(Part("good-0.parquet", "good.parquet", 0, 1, 0, 569)).rows == 569
     assert [*files_in(out)] == ["good-0.parquet"]
 
 
 def test_the_command_line_says_what_is_wrong(tumours_home: Home, tmp_path: Path) -> None:
     done = millrace(tumours_home.root, "score", "tumours", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out"))
     assert done.code == 2 and not done.out
-    assert done.error == f"error: --input {tmp_path}/none: there is no such file or folder; give Parquet: a file, a folder or a glob"
+    expected = "there is no such file or folder; give Parquet: a file, a folder or a glob"
+    assert done.error == f"error: --input {tmp_path}/none: {expected}"
 
 
 # --- kills ---
@@ -458,7 +439,7 @@ def test_keys_are_asked_of_one_state_of_the_store_whatever_is_fed_meanwhile(
     score_files(home, "buses", source, tmp_path / "later", workers=1)
     assert files_in(tmp_path / "later")["a-00000.parquet"] != files_in(tmp_path / "whole")["a-00000.parquet"]
     write(tmp_path / "in/d.parquet", trips([trip_at(NOW + 3 * EVERY)]))
-    with pytest.raises(Refused, match="input d.parquet is new, and keys are asked as of one instant; give another folder"):
+    with pytest.raises(Refused, match=r"input d.parquet is new, and keys are asked as of one instant; give another folder"):
         score_files(home, "buses", source, tmp_path / "out")
 
 
