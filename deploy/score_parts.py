@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from pipelines.home import Home, process_env
 from pipelines.manifest import digest_of, file_digest, library_versions, lock, read_json, write_json
 
 MANIFEST, STORE = "_millrace.json", "_store"  # names that readers of the folder pass over
-PART_ROWS = 1_000_000  # a part ends with the row group that reaches this
+PART_ROWS = 250_000  # a part ends with the row group that reaches this
 BATCH_ROWS = 16_384
 LIBRARIES = ("lightgbm", "numpy", "onnxruntime", "pyarrow")  # that make numbers or bytes
 Tell = Callable[[str], None]
@@ -85,16 +86,16 @@ def score_files(
             f"`millrace run {pipeline}` packages a new one"
         )
     output = Path(str(output).replace("{release}", found.release.partition(":")[2])).absolute()
-    base, names = find_files(source)
-    inside = Path(source).is_dir() and output.is_relative_to(base)  # where a second run would take it for input
-    if inside or any(Path(base, name).is_relative_to(output) for name in names):
-        raise UsageError(f"--output {output} and --input {source} lie one in the other; give a folder of its own")
-    with lock(home.lock(f"score-{digest_of(str(output))[:16]}"), what=f"scoring into {output}"):
-        return _Scoring(home, pipeline, found, _root(source, base), output, by, batch_rows, at).run(names, workers, tell)
-
-
-def _root(source: str, base: str) -> str:
-    return f"{source.partition('://')[0]}://{base}" if "://" in source else base
+    try:
+        root, names = find_files(source)
+        inside = Path(source).is_dir() and output.is_relative_to(root)  # where a second run would take it for input
+        if inside or any(Path(root, name).is_relative_to(output) for name in names):
+            raise UsageError(f"--output {output} and --input {source} lie one in the other; give a folder of its own")
+        with lock(home.lock(f"score-{digest_of(str(output))[:16]}"), what=f"scoring into {output}"):
+            return _Scoring(home, pipeline, found, root, output, by, batch_rows, at).run(names, workers, tell)
+    except (OSError, sqlite3.Error) as error:
+        raise MillraceError(f"--input {source}, --output {output}: {error}; free space or rights there, and type the command "
+                            "again: finished parts stay") from None  # fmt: skip
 
 
 class _Scoring:
@@ -248,7 +249,7 @@ class _Scoring:
                     while not failed and not waiting.empty():
                         part = waiting.get_nowait()
                         counts = ask(part)
-                        self._refuse_change(inputs[part.file])
+                        self._refuse_change(inputs[part.file], part)
                         done += 1
                         tell(f"  {done} of {len(todo)} parts: {part.name}, {counts.rows:,} rows")
             except queue.Empty:
@@ -270,10 +271,11 @@ class _Scoring:
         if failed:
             raise failed[0]
 
-    def _refuse_change(self, one: _Input) -> None:
-        """Raises MillraceError for a file that was written to since its digest was taken."""
+    def _refuse_change(self, one: _Input, part: Part) -> None:
+        """Raises MillraceError for a file that was written to since its digest was taken, without the part made of it."""
         info = self.system.get_file_info(f"{self.base}/{one.name}")
         if (info.size, info.mtime_ns) != (one.size, one.changed_ns):
+            (self.output / part.name).unlink()
             raise MillraceError(f"{self.root}/{one.name} was written to while it was read; wait until it is whole, delete "
                                 f"{self.output} and type the command again")  # fmt: skip
 
@@ -334,7 +336,7 @@ def scoring_process(
                 line = out.readline()
             except BrokenPipeError:
                 line = ""
-            if not line:
+            if not line.endswith("\n"):
                 words.seek(0)
                 last = (words.read().strip().splitlines() or ["it said nothing; is memory short? --workers 1 takes less"])[-1]
                 raise MillraceError(f"a scoring process ended ({process.wait()}): {last[:300]}; type the command again: finished "

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -80,29 +80,30 @@ def open_source(source: str) -> tuple[fs.FileSystem, str]:
 
 
 def find_files(source: str) -> tuple[str, list[str]]:
-    """The folder that paths are told from, and the files below it that a file, folder, glob or URI means, in order.
+    """The folder (or its URI) that paths are told from, and the files below it that a file, folder, glob or URI means, in order.
 
     Names that begin with `_` or `.` are no data, as in pyarrow.dataset. Raises UsageError where there is none.
     """
     if "://" not in source and re.search(r"[*?[]", source) and not Path(source).exists():
-        whole = str(Path(source).absolute())
-        base = re.split(r"[*?[]", whole)[0].rpartition("/")[0]
+        whole, named = str(Path(source).absolute()), False
+        root = base = re.split(r"[*?[]", whole)[0].rpartition("/")[0]
         found = [p for p in glob.glob(whole, recursive=True) if Path(p).is_file()]  # noqa: PTH207 — of absolute patterns
     else:
         system, base = open_source(source)
-        info = system.get_file_info(base)
+        uri, info = urlsplit(source), system.get_file_info(base)
         if info.type == fs.FileType.NotFound:
             raise UsageError(f"--input {source}: there is no such file or folder; give Parquet: a file, a folder or a glob")
-        if info.is_file:
-            folder, _, name = base.rpartition("/")
-            return folder, [name]
-        listed = system.get_file_info(fs.FileSelector(base, recursive=True))
-        found = [f.path for f in listed if f.is_file]
+        named = info.is_file
+        if named:
+            found, base, uri = [base], base.rpartition("/")[0], uri._replace(path=uri.path.rpartition("/")[0])
+        else:
+            found = [f.path for f in system.get_file_info(fs.FileSelector(base, recursive=True)) if f.is_file]
+        root = uri.geturl() if "://" in source else base
     names = sorted(path.removeprefix(base).lstrip("/") for path in found)
-    names = [name for name in names if not re.search(r"(^|/)[._]", name)]
+    names = [name for name in names if named or not re.search(r"(^|/)[._]", name)]
     if not names:
         raise UsageError(f"--input {source}: there is no file in it, without those whose names begin with `_` or `.`")
-    return base, names
+    return root, names
 
 
 def in_path(name: str) -> dict[str, str | None]:

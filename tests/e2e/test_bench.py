@@ -181,4 +181,4 @@ def test_score(tmp_path: Path) -> None:
     assert figures["kill_resume_equal"] and figures["kills"] == 5
     assert all(figures[name] > 0 for name in ("rows_per_s", "ratio_to_handwritten", "loop_ratio_to_handwritten", "speedup_2"))
     few, many = figures["peak_mb"].values()
-    assert 0 < few and many < few + 100
+    assert few > 0 and many < few + 100

@@ -426,7 +426,7 @@ def test_keys_are_asked_of_one_state_of_the_store_whatever_is_fed_meanwhile(
     score_files(home, "buses", source, tmp_path / "whole")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_parts._Scoring, "_refuse_change", lambda self, one: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(score_parts._Scoring, "_refuse_change", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             score_files(home, "buses", source, tmp_path / "out", workers=1)
     left = files_in(tmp_path / "out")
