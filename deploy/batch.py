@@ -80,7 +80,7 @@ class Scorer:
 
     def _scored(self, part: Part) -> Iterator[tuple[pa.Table, Counts]]:
         """The rows that are written for a part, batch by batch."""
-        where, said = f"{self.job.source}: {part.file}" if part.file else self.job.source, in_path(part.file)
+        where, said = f"{self.job.source}/{part.file}", in_path(part.file)
         for first, batch in self._batches(part, where):
             columns = {n: values_of(where, batch, said, f, first) for n, f in self.fields.items()
                        if n in batch.schema.names or n in said}  # fmt: skip

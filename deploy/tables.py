@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
-from deploy.requests import Field, feature_fields, key_fields
+from deploy.requests import EARLIEST, LATEST, Field, feature_fields, key_fields
 from features.frame import feature_list
 from pipelines.errors import MillraceError, UsageError, nearest
 from pipelines.spec import Spec
@@ -185,7 +185,11 @@ def values_of(where: str, batch: pa.RecordBatch, said: Mapping[str, str | None],
     except pa.ArrowInvalid as error:
         raise MillraceError(f"{where}: column {field.name!r}: {error}; expected {_WANTED[field.type]}") from None
     if field.required:
-        _refuse(where, field, found, found.is_null(), first, "null", "give the whole key")
+        _refuse(where, field, found.is_null(), first, "null", "give the whole key")
+    if field.type == "timestamp":
+        at = found.cast(pa.int64())
+        bad = pc.or_(pc.less(at, EARLIEST), pc.greater(at, LATEST))
+        _refuse(where, field, bad, first, "out of range", "give times in the years 2 to 9998")
     return found
 
 
@@ -196,7 +200,7 @@ def check_text(where: str, column: pa.Array, field: Field, first: int) -> None:
     except pa.ArrowInvalid as error:
         raise MillraceError(f"{where}: column {field.name!r} from row {first:,} on: {error}; write it as UTF-8") from None
     bad = pc.or_(pc.greater(pc.utf8_length(column), 1_000), pc.match_substring(column, _NOT_TEXT))
-    _refuse(where, field, column, bad, first, "longer than 1,000 characters, or holds a control character", "shorten it")
+    _refuse(where, field, bad, first, "longer than 1,000 characters, or holds a control character", "shorten it")
 
 
 def check_range(where: str, columns: Mapping[str, np.ndarray], first: int) -> None:
@@ -208,7 +212,7 @@ def check_range(where: str, columns: Mapping[str, np.ndarray], first: int) -> No
             raise MillraceError(f"{where}: row {first + at:,}: {name} is {values[at]:g}; expected a number below 2^63, or null")
 
 
-def _refuse(where: str, field: Field, column: pa.Array, bad: pa.Array, first: int, what: str, do: str) -> None:
+def _refuse(where: str, field: Field, bad: pa.Array, first: int, what: str, do: str) -> None:
     at = pc.index(bad, True).as_py()
     if at >= 0:
         raise MillraceError(f"{where}: row {first + at:,}: {field.name} is {what}; expected {_WANTED[field.type]}: {do}")

@@ -213,6 +213,9 @@ def test_bad_keys_are_named_by_row() -> None:
         values_of("k", batch, {}, fields["carrier"], 7)
     with pytest.raises(MillraceError, match=r"k: column 'flight': .*9223372036854775808.*; expected whole numbers"):
         values_of("k", batch, {}, fields["flight"], 0)
+    late = pa.record_batch({"time_hour": pa.array([None, 1, 2**62], pa.timestamp("us", "UTC"))})
+    with pytest.raises(MillraceError, match=r"k: row 2: time_hour is out of range; .*: give times in the years 2 to 9998"):
+        values_of("k", late, {}, replace(fields["time_hour"], required=False), 0)
     with pytest.raises(MillraceError, match="k: row 4: carrier is longer than 1,000 characters, or holds a control character"):
         check_text("k", batch["word"], fields["carrier"], 3)
     with pytest.raises(MillraceError, match=r"k: column 'carrier' from row 3 on: .*UTF"):
@@ -350,10 +353,10 @@ def test_a_part_that_cannot_be_scored_leaves_nothing_and_the_next_is_scored(tumo
             return str(found.value)
 
         torn, end = error("torn", 6), "; put a whole copy there, and type the command again"
-        assert torn.startswith(f"{source}: torn.parquet: rows from 256 on (row groups 0 to 5) cannot be read: "), torn
+        assert torn.startswith(f"{source}/torn.parquet: rows from 256 on (row groups 0 to 5) cannot be read: "), torn
         assert torn.endswith(end)
         infinite = "infinite.parquet: row 400: mean_area is inf; expected a number below 2^63, or null"
-        assert error("infinite") == f"{source}: {infinite}"
+        assert error("infinite") == f"{source}/{infinite}"
         assert "gone.parquet: rows from 0 on" in error("gone")
         limits = resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
         full = error("good")
