@@ -40,7 +40,7 @@ from pipelines.home import Home, open_home, process_env
 from pipelines.manifest import ROOT, read_json
 from tests.command import QUICK
 
-FULL = ("tune.generations=1", "tune.size=2", "tune.max_epochs=1")
+FULL = ("split.train=35d", "tune.generations=1", "tune.size=2", "tune.max_epochs=1", "gate.resamples=50", "serve.latency_budget=5s")
 GROUP = 25_000  # rows of a row group
 SAMPLE, ALONE = 2_000, 100  # rows that the endpoint is asked about in large requests, and one by one
 PARTS, KILLS = 8, 5
@@ -137,9 +137,9 @@ def equal_answers(service: Service, rows: Path, scores: Path, by_keys: Path, key
     named = pq.read_table(by_keys)
     named = named.filter(pc.is_null(named["refused"])).slice(0, SAMPLE)
     equal = [
-        answers(service, "predict_features", asked, 1_000) == wanted,
+        answers(service, "predict_features", asked, 500) == wanted,
         answers(service, "predict_features", asked[:ALONE], 1) == wanted[:ALONE],
-        answers(service, "predict", requests(named.select(keys)), 1_000) == named["probability"].to_pylist(),
+        answers(service, "predict", requests(named.select(keys)), 500) == named["probability"].to_pylist(),
     ]
     return all(equal), SAMPLE + ALONE + len(named)
 

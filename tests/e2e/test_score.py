@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from features.feed import feed
 from pipelines.clock import Anchor, parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
-from pipelines.manifest import read_json
+from pipelines.manifest import ROOT, read_json
 from pipelines.spec import load_spec
 from tests.command import command, environment, millrace
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
@@ -456,3 +457,20 @@ def test_input_on_a_server_that_speaks_s3(scored: tuple[Path, Path, ScoredFiles]
     assert files_in(tmp_path / "out") == files_in(scored[1])
     with pytest.raises(UsageError, match="--input s3://bucket/none: there is no such file or folder"):
         score_files(tumours_home, "tumours", "s3://bucket/none", tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_flow_scores_what_is_new(copied: tuple[Path, Path], copied_home: Home, tmp_path: Path) -> None:
+    """As a schedule does it: into a folder of the release that is champion then."""
+    code = ("import sys; from flows.inprocess import run_story; from pipelines.home import open_home, process_env; import os; "
+            "home = open_home(); os.environ.update(process_env(home)); "
+            "print(run_story(home, 'score', *sys.argv[1:], again='again').line)")  # fmt: skip
+    words = [sys.executable, "-c", code, "tumours", str(copied[0]), str(tmp_path / "{release}")]
+    lines = []
+    for _ in range(2):
+        done = subprocess.run(words, env=environment(copied_home.root), cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines.append(done.stdout.splitlines()[-1])
+    now = champion(copied_home, "tumours")
+    assert now and (tmp_path / now.release.partition(":")[2] / MANIFEST).is_file()
+    assert lines[0].startswith("569 rows of 2 file(s)") and lines[1].startswith("unchanged: 569 rows of 2 file(s)")
