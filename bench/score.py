@@ -1,14 +1,14 @@
 """`python -m bench.score`: files scored by a release, against a script by hand and against what its live endpoint answers.
 
 Figures: `rows_per_s` of a whole command with one process (imports, digests and manifest with it), `ratio_to_handwritten` (its
-rate over that of `bench.score_by_hand`, also started anew, also with one thread), `loop_ratio_to_handwritten` (the same from the
-first row on), all medians of rounds in turn; `speedup_2` of two processes; `keys_rows_per_s` of a whole command;
+rate over that of `bench.score_by_hand`, also started anew, also with one thread), `cpu_ratio_to_handwritten` (the same of CPU
+seconds, which others on the machine change less), `loop_ratio_to_handwritten` (the same as the first, from the first row on), all
+medians of rounds in turn; `speedup_2` of two processes; `keys_rows_per_s` of a whole command;
 `endpoint_equal` (probabilities of the live endpoint, by features, at once and one by one, and by keys: equal exactly) of how
 many `endpoint_rows`; `kill_resume_equal` (after `kills` by SIGKILL the folder is the one of a scoring that was never killed, to
 the byte); `peak_mb` of the largest process by thousands of rows, and `raw_mb`, what the most rows hold as numbers of 8 bytes.
 """
 
-import json
 import os
 import random
 import shutil
@@ -40,7 +40,8 @@ from pipelines.home import Home, open_home, process_env
 from pipelines.manifest import ROOT, read_json
 from tests.command import QUICK
 
-FULL = ("split.train=35d", "tune.generations=1", "tune.size=2", "tune.max_epochs=1", "gate.resamples=50", "serve.latency_budget=5s")
+FULL = ("split.train=35d", "tune.generations=1", "tune.size=2", "tune.max_epochs=1", "gate.resamples=50",
+        "serve.latency_budget=5s")  # fmt: skip
 GROUP = 25_000  # rows of a row group
 SAMPLE, ALONE = 2_000, 100  # rows that the endpoint is asked about in large requests, and one by one
 PARTS, KILLS = 8, 5
@@ -48,39 +49,37 @@ PARTS, KILLS = 8, 5
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has ended: its seconds, its answer, and the peak MB of the largest of its processes."""
+    """A command that has ended: its seconds and CPU seconds, what it said, and the peak MB of the largest of its processes."""
 
     seconds: float
-    answer: dict[str, Any]
+    cpu_s: float
+    said: str
     peak_mb: int
 
 
-def millrace(home: Home, *words: str) -> Ran:
-    """Runs a command. Raises SystemExit where it fails."""
+def run(home: Home, *words: str) -> Ran:
+    """Runs a Python module. Raises SystemExit where it fails."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen([sys.executable, "-m", "flows.cli", *words, "--json"], env=environment(home), cwd=ROOT,
-                                   stdout=out, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-m", *words], env=environment(home), cwd=ROOT, stdout=out,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
         _, status, used = os.wait4(process.pid, 0)
         process.returncode, took = os.waitstatus_to_exitcode(status), time.monotonic() - began
         out.seek(0)
         said = out.read().decode()
     if process.returncode:
-        raise SystemExit(f"millrace {' '.join(words)} ended with {process.returncode}: {said}")
-    return Ran(took, json.loads(said), round(used.ru_maxrss / 1e3))
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}: {said}")
+    return Ran(took, used.ru_utime + used.ru_stime, said, round(used.ru_maxrss / 1e3))
+
+
+def millrace(home: Home, *words: str) -> Ran:
+    """Runs a command."""
+    return run(home, "flows.cli", *words, "--json")
 
 
 def environment(home: Home) -> dict[str, str]:
     """Of every process here, the one by hand too."""
     return {**os.environ, **process_env(home)}
-
-
-def by_hand(home: Home, bundle: Path, source: Path, out: Path) -> tuple[float, float]:
-    """Seconds of the whole script by hand, and of its loop."""
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "bench.score_by_hand", str(bundle), str(source), str(out)],
-                          env=environment(home), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return time.monotonic() - began, float(done.stdout)
 
 
 def in_one_process(home: Home, release: Release, source: Path, out: Path) -> float:
@@ -185,11 +184,12 @@ def measure(home: Home, release: Release, folder: Path, rows: int, rounds: int) 
     peak = {rows // PARTS // 1000: score(few, "out-few", 1).peak_mb}
     for i in range(rounds):
         ours = score(source, f"out-{i}", 1)
-        hand, hand_loop = by_hand(home, bundle, source, folder / "hand.parquet")
+        hand = run(home, "bench.score_by_hand", str(bundle), str(source), str(folder / "hand.parquet"))
         loop = in_one_process(home, release, source, folder / f"loop-{i}")
         peak[rows // 1000] = ours.peak_mb
-        ran.append({"command_s": round(ours.seconds, 3), "script_by_hand_s": round(hand, 3), "loop_s": round(loop, 3),
-                    "loop_by_hand_s": round(hand_loop, 3)})  # fmt: skip
+        ran.append({"command_s": round(ours.seconds, 3), "script_by_hand_s": round(hand.seconds, 3),
+                    "command_cpu_s": round(ours.cpu_s, 3), "script_by_hand_cpu_s": round(hand.cpu_s, 3),
+                    "loop_s": round(loop, 3), "loop_by_hand_s": round(float(hand.said), 3)})  # fmt: skip
     scores = folder / "out-0/rows-00000.parquet"
     numbers = [pq.read_table(path)["probability"].to_numpy() for path in (scores, folder / "hand.parquet")]
     if not np.abs(numbers[0] - numbers[1]).max() < 1e-9:
@@ -209,6 +209,7 @@ def measure(home: Home, release: Release, folder: Path, rows: int, rounds: int) 
     seconds = statistics.median(r["command_s"] for r in ran)
     figures = {
         "rows_per_s": round(rows / seconds), "ratio_to_handwritten": ratio("command_s", "script_by_hand_s"),
+        "cpu_ratio_to_handwritten": ratio("command_cpu_s", "script_by_hand_cpu_s"),
         "loop_ratio_to_handwritten": ratio("loop_s", "loop_by_hand_s"), "speedup_2": round(seconds / two.seconds, 2),
         "keys_rows_per_s": round(rows // PARTS / by_keys.seconds), "endpoint_equal": equal, "endpoint_rows": asked,
         "kill_resume_equal": contents(folder / "killed") == contents(folder / "whole"), "kills": kills, "peak_mb": peak,
@@ -221,7 +222,7 @@ def main() -> None:
     """Makes a release, measures and reports."""
     told = options("score")
     folder = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
-    name, sets, rows, rounds = ("tumours", QUICK, 100_000, 1) if told.quick else ("flights_demo", FULL, 160_000, 3)
+    name, sets, rows, rounds = ("tumours", QUICK, 80_000, 1) if told.quick else ("flights_demo", FULL, 100_000, 5)
     try:
         home = open_home(folder / "home")
         millrace(home, "sample", name)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-BATCH = 16_384
+BATCH = 8_192  # as many as ours
 
 
 def main(bundle: Path, source: Path, out: Path) -> float:

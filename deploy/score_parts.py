@@ -36,7 +36,7 @@ from pipelines.manifest import digest_of, file_digest, library_versions, lock, r
 
 MANIFEST, STORE = "_millrace.json", "_store"  # names that readers of the folder pass over
 PART_ROWS = 250_000  # a part ends with the row group that reaches this
-BATCH_ROWS = 16_384
+BATCH_ROWS = 8_192
 LIBRARIES = ("lightgbm", "numpy", "onnxruntime", "pyarrow")  # that make numbers or bytes
 Tell = Callable[[str], None]
 
@@ -68,13 +68,13 @@ class _Input:
 
 def score_files(
     home: Home, pipeline: str, source: str, output: Path, *, release: str | None = None, by: Way | None = None,
-    workers: int | None = None, batch_rows: int = BATCH_ROWS, at: str = "", tell: Tell = lambda line: None,
+    workers: int | None = None, batch_rows: int | None = None, at: str = "", tell: Tell = lambda line: None,
 ) -> ScoredFiles:  # fmt: skip
     """Scores the rows of Parquet files (a file, a folder, a glob, a URI) as the endpoint of a release answers them.
 
     Rows that hold every feature are scored by them, others by their key, at one instant of one state of the served store
     (`at`: the server that holds it, where that is not the home). `{release}` in the output stands for the release's version.
-    A kill at any time costs the parts that were being made. Raises Refused where the folder was made of something else,
+    `batch_rows`: how many are in memory of each process; default: as many as before. A kill at any time costs the parts that were being made. Raises Refused where the folder was made of something else,
     UsageError for what is not there, MillraceError for rows that cannot be scored.
     """
     found = champion(home, pipeline) if release is None else find_release(home, pipeline, release)
@@ -102,7 +102,8 @@ class _Scoring:
     """One scoring into one folder, under its lock."""
 
     def __init__(
-        self, home: Home, pipeline: str, release: Release, root: str, output: Path, by: Way | None, batch_rows: int, at: str
+        self, home: Home, pipeline: str, release: Release, root: str, output: Path, by: Way | None,
+        batch_rows: int | None, at: str
     ) -> None:  # fmt: skip
         self.home, self.pipeline, self.release, self.root, self.output = home, pipeline, release, root, output
         self.by, self.batch_rows, self.at, self.spec = by, batch_rows, at, bento_spec(home, release)
@@ -114,7 +115,8 @@ class _Scoring:
         held = self._held()
         with ThreadPoolExecutor() as pool:
             digests = dict(zip(names, pool.map(self._digest, inputs), strict=True))
-        pins = {"pipeline": self.pipeline, "release": self.release.release, "by": way, "batch_rows": self.batch_rows,
+        batch_rows = self.batch_rows or held.get("batch_rows") or BATCH_ROWS
+        pins = {"pipeline": self.pipeline, "release": self.release.release, "by": way, "batch_rows": batch_rows,
                 "libraries": dict(library_versions(*LIBRARIES))}  # fmt: skip
         if held:
             self._refuse_differences(held, pins, digests)
@@ -131,7 +133,8 @@ class _Scoring:
                 raise MillraceError(f"{self.output}: parts are missing, and so is the copy of the served store that the others "
                                     "were looked up in; delete the folder and type the command again")  # fmt: skip
             write_json(self.output / MANIFEST, {**body, "parts": known, "finished": False})
-            self._work(way, instant, todo, workers, {i.name: i for i in inputs}, tell)
+            job = Job(self.root, str(self.output), way, batch_rows, instant.get("now_us", 0), str(self.output / STORE))
+            self._work(job, todo, workers, {i.name: i for i in inputs}, tell)
             known = {part.name: self._told(part) for part in parts}
             write_json(self.output / MANIFEST, {**body, "parts": known, "finished": True})
         shutil.rmtree(self.output / STORE, ignore_errors=True)
@@ -231,10 +234,8 @@ class _Scoring:
         counts = json.loads(pq.read_metadata(path).metadata[b"millrace.counts"])
         return {"file": part.file, "row_groups": [part.begin, part.end], **counts, "digest": file_digest(path)}
 
-    def _work(self, way: Way, instant: dict[str, Any], todo: list[Part], workers: int | None,
-              inputs: dict[str, _Input], tell: Tell) -> None:  # fmt: skip
+    def _work(self, job: Job, todo: list[Part], workers: int | None, inputs: dict[str, _Input], tell: Tell) -> None:
         """Has the parts scored by processes of the bento, one thread each. Raises the first error; the others are stopped."""
-        job = Job(self.root, str(self.output), way, self.batch_rows, instant.get("now_us", 0), str(self.output / STORE))
         waiting: queue.SimpleQueue[Part] = queue.SimpleQueue()
         for part in todo:
             waiting.put(part)

@@ -256,14 +256,14 @@ def status() -> Answer:
 @click.option("--release", help="Release that scores; default: the champion.")
 @click.option("--by", type=click.Choice(["keys", "features"]), help="Asked how; default: by features where all are there.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes, one thread each; default: one per core.")
-@click.option("--batch-rows", type=click.IntRange(min=1), default=16_384, show_default=True, help="Rows in memory per process.")
+@click.option("--batch-rows", type=click.IntRange(min=1), help="Rows in memory per process; default: 8,192.")
 def score(pipeline: str, source: str | None, output: Path | None, release: str | None, by: Any, workers: int | None,
-          batch_rows: int) -> Answer:  # fmt: skip
+          batch_rows: int | None) -> Answer:  # fmt: skip
     """Scores Parquet files as the endpoint would; without --input every row that can still be asked about."""
     home = open_home()
     _prepared(home)
     spec = load_spec(pipeline)
-    if (source is None) != (output is None) or (source is None and (release or by or workers)):
+    if (source is None) != (output is None) or (source is None and (release or by or workers or batch_rows)):
         raise UsageError("give --input PATH and --output FOLDER, or neither, to score what can still be asked about")
     if source is None or output is None:
         from deploy.scoring import score_open

@@ -19,7 +19,7 @@ from pipelines.manifest import read_json
 if TYPE_CHECKING:
     from features.preprocess import Batch
 
-CHUNK = 8192  # rows at a time: bounds memory on large batches
+CHUNK = 256  # rows at a time: what a network makes of them stays in the cache
 
 
 class Scorer(Protocol):
