@@ -74,8 +74,9 @@ def score_files(
 
     Rows that hold every feature are scored by them, others by their key, at one instant of one state of the served store
     (`at`: the server that holds it, where that is not the home). `{release}` in the output stands for the release's version.
-    `batch_rows`: how many are in memory of each process; default: as many as before. A kill at any time costs the parts that were being made. Raises Refused where the folder was made of something else,
-    UsageError for what is not there, MillraceError for rows that cannot be scored.
+    `batch_rows`: how many are in memory of each process; default: as many as when the folder was begun. A kill at any time
+    costs the parts that were being made. Raises Refused where the folder was made of something else, UsageError for what is
+    not there, MillraceError for rows that cannot be scored.
     """
     found = champion(home, pipeline) if release is None else find_release(home, pipeline, release)
     if found is None:
