@@ -33,7 +33,7 @@ from features.feed import feed
 from pipelines.clock import Anchor, parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
-from pipelines.manifest import ROOT, read_json
+from pipelines.manifest import ROOT, digest_of, lock, read_json
 from pipelines.spec import load_spec
 from tests.command import command, environment, millrace
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
@@ -368,6 +368,13 @@ def test_a_part_that_cannot_be_scored_leaves_nothing_and_the_next_is_scored(tumo
     assert [*files_in(out)] == ["good-0.parquet"]
 
 
+def test_two_at_once_into_one_folder(tumours_home: Home, scored: tuple[Path, Path, ScoredFiles]) -> None:
+    source, out, _ = scored
+    held = tumours_home.lock(f"score-{digest_of(str(out))[:16]}")
+    with lock(held, what="a test"), pytest.raises(MillraceError, match=rf"scoring into {out} is already running \(process \d+\)"):
+        score_files(tumours_home, "tumours", str(source), out)
+
+
 def test_the_command_line_says_what_is_wrong(tumours_home: Home, tmp_path: Path) -> None:
     done = millrace(tumours_home.root, "score", "tumours", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out"))
     assert done.code == 2 and not done.out
@@ -445,6 +452,15 @@ def test_keys_are_asked_of_one_state_of_the_store_whatever_is_fed_meanwhile(
     write(tmp_path / "in/d.parquet", trips([trip_at(NOW + 3 * EVERY)]))
     with pytest.raises(Refused, match=r"input d.parquet is new, and keys are asked as of one instant; give another folder"):
         score_files(home, "buses", source, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_input_that_is_written_to_meanwhile_is_refused(copied: tuple[Path, Path], tumours_home: Home, tmp_path: Path) -> None:
+    source, out = copied[0] / "day=1", tmp_path / "new"
+    touched = source / "rows.parquet"
+    with pytest.raises(MillraceError, match=rf"{touched} was written to while it was read; wait until it is whole, delete"):
+        score_files(tumours_home, "tumours", str(source), out, workers=1, tell=lambda line: os.utime(touched, (1, 1)))
+    assert sorted(files_in(out)) == [MANIFEST, "rows-00000.parquet"] and not read_json(out / MANIFEST)["finished"]
 
 
 @pytest.mark.slow
