@@ -29,7 +29,8 @@ SOURCES = (
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
     "features/views.py",
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "score", "words")),
-    *(f"deploy/{n}.py" for n in ("__init__", "answer", "imports", "predictions", "requests", "service")),
+    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "imports", "loaded", "predictions", "requests",
+                                 "service", "tables")),
 )
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 

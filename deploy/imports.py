@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-REFUSED = ("prefect", "optuna", "ray", "pytorch_lightning", "lightning", "great_expectations", "feast", "pandas")
+REFUSED = ("prefect", "optuna", "ray", "pytorch_lightning", "lightning", "great_expectations", "feast", "pandas", "sklearn")
 OURS = ("pipelines", "features", "models", "deploy", "tasks", "flows")
 
 

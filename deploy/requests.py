@@ -98,7 +98,7 @@ def typed_row(where: str, row: object, fields: dict[str, Field]) -> dict[str, An
     return {name: _value(f"{where}.{name}", value, fields[name].type) for name, value in row.items()}
 
 
-_EARLIEST, _LATEST = parse_time("0002-01-01"), parse_time("9999-01-01")  # whose local times Python can tell
+EARLIEST, LATEST = parse_time("0002-01-01"), parse_time("9999-01-01")  # whose local times Python can tell
 _WANTED = {
     "string": "text", "text": "text", "int64": "whole number", "float64": "number", "bool": "true or false",
     "timestamp": "time such as \"2013-12-30T12:00:00Z\"",
@@ -113,7 +113,7 @@ def _value(where: str, value: object, kind: str) -> Any:
             at = parse_time(value)
         except (ValueError, OverflowError) as error:
             raise BadRequest(422, f"{where}: {error}") from None
-        if not _EARLIEST <= at <= _LATEST:
+        if not EARLIEST <= at <= LATEST:
             raise BadRequest(422, f"{where} is out of range; send a time in the years 2 to 9998")
         return at
     number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from pipelines.clock import MISSING, Clock, iso
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import write_page
+from pipelines.spec import Spec
 
 CHUNK = 1_000
 
@@ -44,11 +45,10 @@ def score_open(home: Home, pipeline: str, *, at: str = "") -> Scored:
     store = OnlineStore(spec, served_store(at, pipeline, home.online(pipeline, release.defs_digest)))
     clock = spec.clock
     now = Clock(clock.kind, clock.speed, clock.offset, store.anchor()).now_us() if clock else 0
-    keys = store.cells.keys(ROWS)
-    types: dict[str, str] = {name: spec.row_source.columns[name].type for name in spec.row_key if name in spec.row_source.columns}
+    known = known_rows(spec, store)
     names, scores = [], []
-    for begin in range(0, len(keys), CHUNK):
-        rows = [_row(key, spec.row_key, types) for key in keys[begin : begin + CHUNK]]
+    for begin in range(0, len(known), CHUNK):
+        rows = known[begin : begin + CHUNK]
         served = serve_features(store, rows, now)
         open_rows = np.flatnonzero((served.looked.closed_at > now) & ~served.looked.unknown)
         if spec.predict_at is not None:
@@ -58,8 +58,7 @@ def score_open(home: Home, pipeline: str, *, at: str = "") -> Scored:
             scores.append(answer(home, release, {n: v[open_rows] for n, v in served.frame.items()}))
             names += [rows[i] for i in open_rows.tolist()]
     found = np.concatenate(scores) if scores else np.zeros(0)
-    columns = {name: [row[name] for row in names] for name in spec.row_key}
-    table = pa.table({n: _column(v, types.get(n, "string")) for n, v in columns.items()} | {"score": pa.array(found)})
+    table = key_table(spec, names).append_column("score", pa.array(found))
     stamp = iso(now).replace(":", "") if spec.timed else "all"
     path = home.root / "scores" / pipeline / release.release.partition(":")[2] / f"{stamp}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +70,28 @@ def score_open(home: Home, pipeline: str, *, at: str = "") -> Scored:
     return Scored(pipeline, release.release, home.relative(path), len(found), line)
 
 
-def _row(key: str, names: tuple[str, ...], types: dict[str, str]) -> dict[str, object]:
-    values = key.split(SEPARATOR)
-    return {n: v if types.get(n, "string") == "string" else int(v) for n, v in zip(names, values, strict=True)}
+def known_rows(spec: Spec, store: OnlineStore) -> list[dict[str, object]]:
+    """The keys of the rows that a served store holds, times as int µs."""
+    types = _types(spec)
+
+    def row(key: str) -> dict[str, object]:
+        values = zip(types.items(), key.split(SEPARATOR), strict=True)
+        return {name: value if kind == "string" else int(value) for (name, kind), value in values}
+
+    return [row(key) for key in store.cells.keys(ROWS)]
 
 
-def _column(values: list[object], kind: str) -> pa.Array:
-    return pa.array(values, pa.int64()).cast(pa.timestamp("us", "UTC")) if kind == "timestamp" else pa.array(values)
+def key_table(spec: Spec, rows: list[dict[str, object]]) -> pa.Table:
+    """The key columns of rows, in the spec's types."""
+    columns = {name: [row[name] for row in rows] for name in spec.row_key}
+    stamps = {name: kind == "timestamp" for name, kind in _types(spec).items()}
+    return pa.table({n: pa.array(v, pa.int64()).cast(pa.timestamp("us", "UTC")) if stamps[n] else pa.array(v)
+                     for n, v in columns.items()})  # fmt: skip
+
+
+def _types(spec: Spec) -> dict[str, str]:
+    columns = spec.row_source.columns
+    return {name: columns[name].type if name in columns else "string" for name in spec.row_key}
 
 
 def _page(path: Path, pipeline: str, line: str, scores: np.ndarray) -> None:

@@ -21,25 +21,21 @@ from typing import Any  # noqa: E402
 
 import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
-import yaml  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
-from features.frame import feature_list, is_missing, resolve  # noqa: E402
+from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
-from features.preprocess import Preprocess  # noqa: E402
-from models.score import Model  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
-from pipelines.manifest import read_json  # noqa: E402
-from pipelines.spec import Spec  # noqa: E402
 
 log = logging.getLogger("millrace.service")
 
@@ -48,14 +44,9 @@ class Endpoint:
     """Everything that one worker needs to answer: model, preprocessing, served store, clock and log."""
 
     def __init__(self, bundle: Path, home: Path) -> None:
-        about = read_json(bundle / "bundle.json")
-        self.spec = Spec.model_validate(json.loads((bundle / "spec.json").read_text()))
-        self.release, self.defs = _tag(bundle), about["defs_digest"]
-        self.preprocess = Preprocess.load(bundle / "preprocess.json")
-        self.model = Model.load(bundle)
-        for function in self.spec.features.functions:
-            resolve(function.call)  # now, not at the first request: a bento that lacks it is refused
-        self.features = feature_list(self.spec)
+        loaded = Loaded.of(bundle)
+        self.spec, self.release, self.defs = loaded.spec, loaded.release, loaded.defs
+        self.preprocess, self.model, self.features = loaded.preprocess, loaded.model, loaded.features
         self.key_fields, self.feature_fields = key_fields(self.spec), feature_fields(self.features)
         folder = home / "online" / self.spec.pipeline / self.defs[:16]
         self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder)
@@ -81,7 +72,7 @@ class Endpoint:
         self._refuse_conflicts(rows, served)
         batch = self.preprocess.transform(served.frame)
         scores, unseen = self.model.predict(batch), self.preprocess.unseen(served.frame, batch)
-        stale_after = self.spec.serve.stale_after
+        stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         request_id = uuid.uuid4().hex
@@ -93,7 +84,7 @@ class Endpoint:
                 "unseen": unseen[i],
                 "stale": served.stale(i, stale_after),
                 "unknown_entity": bool(served.looked.unknown[i]),
-                "outside_horizon": self._outside(served.looked.own, i, now),
+                "outside_horizon": bool(outside[i]),
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
@@ -191,13 +182,6 @@ class Endpoint:
     def _key(self, row: dict[str, Any]) -> dict[str, Any]:
         return {n: _shown(row[n], self.key_fields[n].type) for n in self.spec.row_key}
 
-    def _outside(self, own: Columns, i: int, now: int) -> bool:
-        at = self.spec.predict_at
-        if at is None:
-            return False
-        due = int(own[at.column][i])
-        return due == MISSING or abs(due - at.lead - now) > at.tolerance
-
     def _refuse_closed(self, rows: list[dict[str, Any]], served: Served) -> None:
         closed = np.flatnonzero(served.looked.closed_at <= served.now)
         if len(closed):
@@ -237,12 +221,6 @@ class Endpoint:
             }  # fmt: skip
             logged.append(Entry(values["clock"], values, {n: _plain(v[i]) for n, v in frame.items()}))
         self.log.put(logged)
-
-
-def _tag(bundle: Path) -> str:
-    """Name and version of the bento around the bundle."""
-    body = yaml.safe_load((bundle.parents[1] / "bento.yaml").read_text())
-    return f"{body['name']}:{body['version']}"
 
 
 def _plain(value: Any) -> Any:

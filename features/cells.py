@@ -7,6 +7,7 @@ key, and a feed leaves them alone.
 
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -16,18 +17,20 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pipelines.clock import DAY_US, NEVER, wall_us
 from pipelines.errors import MillraceError
 
+T = TypeVar("T")
 Meta = dict[str, str]
 Change = tuple[str, str, bytes | None]  # view, key, packed rows; None: the key is gone
 Newer = Callable[[bytes, bytes], bool]  # whether packed rows may replace what is held
 FEAST = "feast:"
 LAST = NEVER  # a number that no event has
 KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
+COPIES = 5  # attempts to copy a store in one state
 PAUSE_S = 0.005  # at most, of a writer to a server
 PUSHED = "pushed"  # in the meta: number of the last event that the cells know
 
@@ -147,6 +150,29 @@ def writable_cells(store: Path | str, *, durable: bool = True) -> Cells:
     """
     folder = _folder(store)
     return _remote(str(store)) if folder is None else SqliteCells(folder, write=True, durable=durable)
+
+
+def copy_cells(store: Path | str, folder: Path, views: Sequence[str]) -> None:
+    """Fills a new folder with a copy of a store in one state of it: what these views and the meta hold.
+
+    Raises MillraceError where a server's store is fed again and again meanwhile.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    held = open_cells(store)
+    if isinstance(held, SqliteCells):
+        held.db.execute("VACUUM INTO ?", (str(folder / SqliteCells.FILE),))
+        return
+    new = SqliteCells(folder, write=True, durable=False)
+    for _ in range(COPIES):
+        with suppress(Moved), held.reading(), new._writing():
+            for view in views:
+                for keys in _batches(held.keys(view)):
+                    new.db.executemany("INSERT INTO cells VALUES (?, ?, ?)",
+                                       ((view, *cell) for cell in held.get([(view, keys)])[0].items()))  # fmt: skip
+            new.db.executemany("INSERT INTO meta VALUES (?, ?)", held.meta().items())
+            return
+    raise MillraceError(f"{place_of(store)} was fed {COPIES} times while it was copied: try again when less is pushed")
 
 
 def place_of(store: Path | str) -> str:
@@ -658,7 +684,7 @@ def _numbered(update: Update, held: Meta, seen: set[str]) -> tuple[list[Event], 
     return numbered, {**update.meta, PUSHED: str(last + len(fresh))}
 
 
-def _batches(cells: Iterable[Change], size: int = 2_000) -> Iterator[list[Change]]:
+def _batches(cells: Iterable[T], size: int = 2_000) -> Iterator[list[T]]:
     found = iter(cells)
     while some := list(islice(found, size)):
         yield some

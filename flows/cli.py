@@ -251,15 +251,30 @@ def status() -> Answer:
 
 @_verb
 @_pipeline
-def score(pipeline: str) -> Answer:
-    """Scores every row that can still be asked about, with the champion."""
-    from deploy.scoring import score_open
-
+@click.option("--input", "source", metavar="PATH", help="Parquet to be scored: a file, a folder, a glob, a URI.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for its scores; {release} in it: the release's version.")
+@click.option("--release", help="Release that scores; default: the champion.")
+@click.option("--by", type=click.Choice(["keys", "features"]), help="Asked how; default: by features where all are there.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes, one thread each; default: one per core.")
+@click.option("--batch-rows", type=click.IntRange(min=1), help="Rows in memory per process; default: 8,192.")
+def score(pipeline: str, source: str | None, output: Path | None, release: str | None, by: Any, workers: int | None,
+          batch_rows: int | None) -> Answer:  # fmt: skip
+    """Scores Parquet files as the endpoint would; without --input every row that can still be asked about."""
     home = open_home()
     _prepared(home)
     spec = load_spec(pipeline)
-    found = score_open(home, spec.pipeline, at=spec.serve.store)
-    return {"text": f"{found.line}\n{home.root / found.path}", **asdict(found)}
+    if (source is None) != (output is None) or (source is None and (release or by or workers or batch_rows)):
+        raise UsageError("give --input PATH and --output FOLDER, or neither, to score what can still be asked about")
+    if source is None or output is None:
+        from deploy.scoring import score_open
+
+        opened = score_open(home, spec.pipeline, at=spec.serve.store)
+        return {"text": f"{opened.line}\n{home.root / opened.path}", **asdict(opened)}
+    from deploy.score_parts import score_files
+
+    found = score_files(home, spec.pipeline, source, output, release=release, by=by, workers=workers, batch_rows=batch_rows,
+                        at=spec.serve.store, tell=partial(print, file=sys.stderr, flush=True))  # fmt: skip
+    return {"text": f"{found.line}\n{found.path}", **asdict(found)}
 
 
 @_verb

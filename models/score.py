@@ -20,7 +20,7 @@ from pipelines.manifest import read_json
 if TYPE_CHECKING:
     from features.preprocess import Batch
 
-CHUNK, CHUNK_TEXTS = 8192, 64  # rows at a time: bounds memory on large batches
+CHUNK, CHUNK_TEXTS = 256, 64  # rows at a time: what a network makes of them stays in the cache
 
 
 class Scorer(Protocol):

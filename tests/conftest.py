@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
+from deploy.process import Service, free_port, start, stop
 from pipelines.flights import write_sample
 from pipelines.home import Home
 from tests.command import QUICK, millrace
@@ -62,6 +63,16 @@ def tumours_home(tumours: tuple[Home, dict[str, Any]]) -> Home:
 def buses(tmp_path_factory: pytest.TempPathFactory) -> Buses:
     """The buses up to a bento and a fed store, without a release. Copy its home to land more or to feed."""
     return make_buses(tmp_path_factory.mktemp("buses"))
+
+
+@pytest.fixture(scope="session")
+def buses_service(buses: Buses) -> Iterator[Service]:
+    """An endpoint of the buses' bento, by the store of their home."""
+    log = buses.home.root / "endpoint.log"
+    found = start(buses.home, buses.folder, port=free_port(), release=buses.bento.tag, log=log, extra={})
+    yield found
+    stop(found)
+    assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
 
 
 @pytest.fixture

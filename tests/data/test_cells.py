@@ -25,6 +25,7 @@ from features.cells import (
     SqliteCells,
     StoreDown,
     Update,
+    copy_cells,
     open_cells,
     writable_cells,
 )
@@ -57,6 +58,28 @@ def test_what_was_fed_is_read(place: str) -> None:
     assert mark == "m" and one == {key: f"mone{key}".encode() for key in KEYS} and two == {"a": b"mtwoa"}
     assert cells.get([("one", []), ("three", ["a"])]) == [{}, {}]
     assert cells.keys("one") == sorted(KEYS) and cells.keys("three") == []
+
+
+def test_a_copy_holds_one_state_and_is_not_fed(place: str, tmp_path: Path) -> None:
+    """Also of a store that is fed while it is copied, and over what an earlier copy has left."""
+    fill(place, "m", [*KEYS, *map(str, range(50))])
+    folder = tmp_path / "copy"
+    for _ in range(2):
+        copy_cells(place, folder, ["one", "two"])
+    held, copied = open_cells(place), open_cells(folder)
+    assert copied.meta() == held.meta()
+    for view in ("one", "two"):
+        keys = held.keys(view)
+        assert copied.keys(view) == keys and copied.get([(view, keys)]) == held.get([(view, keys)]) and len(keys) == 55
+    fill(place, "n")
+    assert look(copied)[0] == "m"
+    writer = threading.Thread(target=lambda: [fill(place, str(turn)) and time.sleep(0.05) for turn in range(8)])
+    writer.start()
+    for _ in range(2):
+        copy_cells(place, folder, ["one", "two"])
+        mark, one, two = look(open_cells(folder))
+        assert two == {"a": f"{mark}twoa".encode()} and one == {key: f"{mark}one{key}".encode() for key in KEYS}
+    writer.join()
 
 
 def test_a_file_is_let_go_with_its_last_user(tmp_path: Path) -> None:

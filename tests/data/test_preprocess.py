@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from features.facts import Columns
-from features.frame import Feature
+from features.frame import Feature, arrow_columns
 from features.preprocess import Preprocess, fit
 
 FEATURES = [Feature("x", "number", "row"), Feature("y", "number", "row"), Feature("c", "category", "row")]
@@ -52,3 +53,14 @@ def test_numbers_beyond_all_are_clipped(frame: Columns) -> None:
     scaled = fitted.transform(frame).scaled
     assert np.isfinite(scaled).all() and fitted.may_miss == (0,)
     assert scaled[0, 1] == scaled[:, 1].max() and scaled[20, 1] == scaled[:, 1].min()
+
+
+def test_arrow_columns_are_prepared_as_the_frame(frame: Columns) -> None:
+    fitted = fit(frame, TRAIN, FEATURES)
+    frame["x"][:2], frame["c"][0] = (-0.0, 1e300), "never"
+    wanted, columns = fitted.transform(frame), arrow_columns(frame)
+    for some in (columns, {**columns, "x": pa.array(frame["x"], from_pandas=True)}):  # a null is what NaN is
+        got = fitted.transform_arrow(some)
+        assert all(getattr(got, n).tobytes() == getattr(wanted, n).tobytes() for n in ("codes", "scaled"))
+        np.testing.assert_array_equal(got.numbers, wanted.numbers)
+    assert len(fitted.transform_arrow({name: column[:0] for name, column in columns.items()})) == 0

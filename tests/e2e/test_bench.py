@@ -183,3 +183,15 @@ def test_text(tmp_path: Path) -> None:
     assert min(figures["auc"].values()) > 0.55
     assert figures["padded_share"]["like length"] < 0.5 * figures["padded_share"]["random"]
     assert figures["bucket_speedup"] > 0 and figures["MiniLM"]["parameters"] > 1e7 and figures["MiniLM"]["answer_ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_score(tmp_path: Path) -> None:
+    body = run("score", tmp_path)
+    figures = body["figures"]
+    assert figures["endpoint_equal"] and figures["endpoint_rows"] > 2_100
+    assert figures["kill_resume_equal"] and figures["kills"] == 5
+    assert all(figures[name] > 0 for name in ("rows_per_s", "ratio_to_handwritten", "loop_ratio_to_handwritten", "speedup_2"))
+    few, many = figures["peak_mb"].values()
+    assert few > 0 and many < few + 100

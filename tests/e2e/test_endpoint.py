@@ -20,7 +20,7 @@ import pytest
 
 from deploy.bundle import Bento
 from deploy.preflight import different_cells, preflight
-from deploy.process import Service, call, free_port, start, stop
+from deploy.process import Service, call
 from deploy.rollout import champion, events, release_run
 from features.store import build_features, historical_features
 from pipelines.home import Home
@@ -58,20 +58,16 @@ class Answer:
         return sentence
 
 
-@pytest.fixture(scope="module")
-def service(buses: Buses) -> Iterator[Service]:
-    log = buses.home.root / "endpoint.log"
-    found = start(buses.home, buses.folder, port=free_port(), release=buses.bento.tag, log=log, extra={})
-    yield found
-    stop(found)
-    assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
+@pytest.fixture
+def service(buses_service: Service) -> Service:
+    return buses_service
 
 
 @pytest.fixture(scope="module", params=["buses", "tumours"])
 def url(request: pytest.FixtureRequest) -> str:
     """Each of the two endpoints."""
     if request.param == "buses":
-        return str(request.getfixturevalue("service").url)
+        return str(request.getfixturevalue("buses_service").url)
     return str(request.getfixturevalue("tumours_url"))
 
 
