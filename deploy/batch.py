@@ -119,7 +119,7 @@ class Scorer:
         self, where: str, columns: Mapping[str, pa.Array], first: int, rows: int
     ) -> tuple[dict[str, pa.Array], Counts]:  # fmt: skip
         for name, column in columns.items():
-            if self.fields[name].type == "string":
+            if self.fields[name].type in ("string", "text"):
                 check_text(where, column, self.fields[name], first)
         numbers = {n: c.to_numpy(zero_copy_only=False) for n, c in columns.items() if self.fields[n].type == "float64"}
         check_range(where, numbers, first)

@@ -2,23 +2,26 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from deploy.contents import LOCK, SBOM, bill, locked, problems, version_of, write_sums
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import (
     ROOT,
     Note,
     code_digest,
-    digest_of,
     file_digest,
-    library_versions,
     read_json,
+    write_atomic,
     write_json,
     write_page,
 )  # fmt: skip
@@ -32,6 +35,7 @@ SOURCES = (
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "imports", "loaded", "predictions", "requests",
                                  "service", "tables")),
 )
+MADE = "2000-01-01T00:00:00+00:00"  # when BentoML says that it was made: the same contents are the same bytes
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 
 
@@ -45,21 +49,30 @@ class Bento:
 
 
 def build_bento(spec: Spec, home: Home, files_in: list[Path], defs_digest: str, scratch: Path) -> Bento:
-    """Builds, or finds, the bento that holds these files. Same inputs, same tag.
+    """Builds, or finds, the bento that holds these files. Same inputs, same tag, same bytes.
 
     Raises MillraceError with the builder's last words.
     """
-    _stage(spec, files_in, defs_digest, scratch)
-    files = {p.relative_to(scratch).as_posix(): file_digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
-    pins = library_versions(*LIBRARIES)
-    version = digest_of([files, pins])[:12]
     name = f"millrace_{spec.pipeline}"
+    pins = locked(direct(spec))
+    _stage(spec, files_in, defs_digest, scratch)
+    models = {p.name: file_digest(p) for p in sorted((scratch / "bundle").iterdir())}
+    (scratch / LOCK).write_text("".join(f"{n}=={v}\n" for n, v in pins.items()), encoding="utf-8")
+    (scratch / SBOM).write_text(json.dumps(bill(name, pins, models), indent=1) + "\n", encoding="utf-8")
+    version = version_of(write_sums(scratch), pins)
     folder = home.root / "bentoml" / "bentos" / name / version
-    if not all((folder / "src" / f).is_file() and file_digest(folder / "src" / f) == d for f, d in files.items()):
+    if not folder.is_dir() or problems(folder / "src", version, ()):
         shutil.rmtree(folder, ignore_errors=True)
         _build(home, scratch, name, version, pins)
+        about = folder / "bento.yaml"
+        write_atomic(about, re.sub("(?m)^creation_time: .*$", f"creation_time: '{MADE}'", about.read_text(encoding="utf-8")))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     return Bento(f"{name}:{version}", home.relative(folder), round(size, 3))
+
+
+def direct(spec: Spec) -> tuple[str, ...]:
+    """The packages that a bento of this spec imports itself."""
+    return (*LIBRARIES, "tokenizers") if spec.features.text else LIBRARIES
 
 
 def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path) -> None:
@@ -74,7 +87,7 @@ def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path) ->
         shutil.copyfile(path, bundle / path.name)
     body = spec.model_dump(mode="json", by_alias=True, exclude={"tracking"})
     (bundle / "spec.json").write_text(json.dumps(body, sort_keys=True, indent=1))
-    about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features")}
+    about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features"), "direct": direct(spec)}
     write_json(bundle / "bundle.json", about)
 
 
@@ -95,18 +108,40 @@ def _build(home: Home, scratch: Path, name: str, version: str, pins: dict[str, s
         raise MillraceError(f"the bento could not be built: {done.stderr.strip().splitlines()[-1][:500]}")
 
 
-def package_into(spec: Spec, home: Home, model: Path, verdict: Path, defs_digest: str, out: Path) -> Note:
-    """The stage: builds the bento of a model and notes it in `out`."""
+def package_into(
+    spec: Spec, home: Home, model: Path, verdict: Path, defs_digest: str, about: Mapping[str, str], out: Path
+) -> Note:  # fmt: skip
+    """The stage: builds the bento of a model and notes it in `out`. `about`: what it was made from, for its manifest."""
     from models.score import Model  # seconds, and the command line imports this module for less
 
     files = [model / name for name in (*Model.load(model).files, "preprocess.json")] + [verdict / "replay.parquet"]
-    with tempfile.TemporaryDirectory(dir=home.root) as scratch:
-        bento = build_bento(spec, home, files, defs_digest, Path(scratch))
+    with tempfile.TemporaryDirectory(dir=home.root) as scratch, tempfile.TemporaryDirectory() as made:
+        card, manifest = Path(made) / "model_card.md", Path(made) / "manifest.json"
+        card.write_text(_card(spec, read_json(model / "model.json"), verdict), encoding="utf-8")
+        write_json(manifest, dict(about))
+        bento = build_bento(spec, home, [*files, card, manifest], defs_digest, Path(scratch))
     write_json(out / "bento.json", asdict(bento))
     write_page(
         out / "page.md", f"{spec.pipeline}: bento", [("Bento", [("tag", bento.tag), ("MB", f"{bento.size_mb:g}")])]
     )
     return Note(f"{bento.tag}, {bento.size_mb:.1f} MB")
+
+
+def _card(spec: Spec, model: Mapping[str, Any], verdict: Path) -> str:
+    """What who runs the bento should know of its model. Figures are on the test part, which no model has learned from."""
+    judged, ruled = read_json(verdict / "evaluation.json"), read_json(verdict / "verdict.json")
+    found = {name: judged["metrics"]["challenger"][name] for name in ("auc", "log_loss", "brier", "ece")}
+    lines = [
+        f"# {spec.pipeline}: {spec.title}", "",
+        f"The answer is a probability; from {spec.serve.threshold:g} on the decision is yes. The model: {model['chosen']}.",
+        f"Rows are those of `{spec.rows.source}`, named by `{'`, `'.join(spec.row_key)}`. Not meant for rows of another origin,",
+        "or as a reading of causes, or where a wrong answer harms someone and no person looks at it.", "",
+        f"## On {ruled['rows']:,} test rows", "", "| figure | value | interval |", "| --- | --- | --- |",
+        *(f"| {name} | {one['value']:.4f} | {one['low']:.4f} to {one['high']:.4f} |" for name, one in found.items()),
+        "", "## Why it was let through", "", *(f"- {line}" for line in ruled["reasons"]), "",
+        "`manifest.json` says what it was made from, `requirements.txt` and `sbom.cdx.json` what it runs with.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def load_bento(folder: Path) -> Bento:

@@ -9,6 +9,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -54,7 +55,7 @@ def _package(name: str) -> Distribution:
     try:
         return distribution(name)
     except PackageNotFoundError:
-        raise MillraceError(f"the package {name} is not installed, but what is served needs it: type `pip install {name}`") from None
+        raise MillraceError(f"{name} is not installed, but what is served needs it: type `pip install {name}`") from None
 
 
 def _normal(name: str) -> str:
@@ -76,13 +77,14 @@ def bill(component: str, pins: Mapping[str, str], files: Mapping[str, str]) -> d
          "name": name, "hashes": [{"alg": "SHA-256", "content": digest}]}
         for name, digest in files.items()
     ]  # fmt: skip
-    needs = [{"ref": refs[name], "dependsOn": sorted({refs[n] for n, _ in _needs(_package(name), "") if n in refs})} for name in pins]
+    needed = {name: {refs[n] for n, _ in _needs(_package(name), "") if n in refs} for name in pins}
     about = {"component": {"type": "application", "bom-ref": component, "name": component}}
     identity = uuid.UUID(digest_of([component, dict(pins), dict(files)])[:32], version=5)
     return {
         "bomFormat": "CycloneDX", "specVersion": "1.6", "serialNumber": f"urn:uuid:{identity}", "version": 1,
         "metadata": about, "components": components,
-        "dependencies": [{"ref": component, "dependsOn": sorted([*refs.values(), *(f"file:{n}" for n in files)])}, *needs],
+        "dependencies": [{"ref": component, "dependsOn": sorted([*refs.values(), *(f"file:{n}" for n in files)])},
+                         *({"ref": refs[name], "dependsOn": sorted(some)} for name, some in needed.items())],
     }  # fmt: skip
 
 
@@ -90,11 +92,11 @@ def bill(component: str, pins: Mapping[str, str], files: Mapping[str, str]) -> d
 def _licence(name: str) -> dict[str, Any]:
     """What a package says of its licence."""
     about = _package(name).metadata
-    if expression := about.get("License-Expression"):
-        return {"licenses": [{"expression": expression}]}
+    if expression := about.get_all("License-Expression"):
+        return {"licenses": [{"expression": expression[0]}]}
     classified = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if line.startswith("License :: ")]
-    short = [line for line in [(about.get("License") or "").strip()] if line and len(line) < 80 and "\n" not in line]
-    return {"licenses": [{"license": {"name": name}} for name in classified or short]} if classified or short else {}
+    said = [line for line in about.get_all("License") or [] if 0 < len(line) < 80 and "\n" not in line]
+    return {"licenses": [{"license": {"name": name}} for name in classified or said]} if classified or said else {}
 
 
 def write_sums(src: Path) -> dict[str, str]:
@@ -159,6 +161,19 @@ def problems(src: Path, version: str, direct: Iterable[str]) -> list[str]:
         if pins.get(_normal(name)) != here:
             found.append(f"{name} is {here}, it was packaged with {pins.get(_normal(name), 'none')}")
     return found
+
+
+def unlike(src: Path) -> str:
+    """What is wrong with the bento around this folder, in a sentence; empty where all is as it was packaged."""
+    about, version = src / "bundle/bundle.json", src.parent.name
+    with suppress(OSError):
+        found = re.search(r"(?m)^version: '?([^'\n]+)'?$", (src.parent / "bento.yaml").read_text(encoding="utf-8"))
+        version = found[1] if found else version
+    names = json.loads(about.read_text(encoding="utf-8")).get("direct", ()) if about.is_file() else ()
+    wrong = problems(src, version, names)
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    said = f"the bento {src.parent} is not as it was packaged: {'; '.join(wrong[:5])}{more}; package the release again"
+    return said if wrong else ""
 
 
 def sign_again(path: Path) -> None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from deploy.contents import sign_again
 from deploy.process import running
 from deploy.redact import Redactor
 from deploy.rollout import released, served_stores
@@ -269,7 +270,8 @@ def _scrub_database(path: Path, redactor: Redactor) -> bool:
 
 
 def _sign(path: Path) -> None:
-    """Writes the digest of a changed file into the `done.json` above it, so that the folder counts as whole."""
+    """Writes the digest of a changed file into the `done.json` or the list of a bento above it, which so counts as whole."""
+    sign_again(path)
     for folder in path.parents[:3]:
         done = folder / "done.json"
         name = path.relative_to(folder).as_posix()

@@ -57,6 +57,11 @@ def field_type(spec: Spec, source: str, column: str) -> str:
     return "text" if text else spec.sources[source].columns[column].type
 
 
+def longest_of(kind: str) -> int:
+    """Characters that a value of a type has at most."""
+    return MAX_TEXT if kind == "text" else MAX_NAME
+
+
 def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:
     """The rows of a request, timestamps as int µs. Raises BadRequest."""
     rows = listed(body, "rows")
@@ -129,7 +134,7 @@ def _value(where: str, value: object, kind: str) -> Any:
         raise BadRequest(422, f"{where} is {_kind(value)}; send a {_WANTED[kind]}")
     if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type]
         raise BadRequest(422, f"{where} is out of range; send a finite number")
-    longest = MAX_TEXT if kind == "text" else MAX_NAME
+    longest = longest_of(kind)
     if isinstance(value, str) and (len(value) > longest or _NOT_TEXT.search(value)):
         raise BadRequest(422, f"{where} is longer than {longest:,} characters, or holds a control or a half character")
     return value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import load_bento
+from deploy.contents import SUMS, unlike
 from features.cells import StoreDown, open_cells
 from features.feed import feed, feed_changes, is_fed
 from features.ingest import Snapshot, ingest, read_snapshot
@@ -116,7 +117,7 @@ def promote(home: Home, pipeline: str, release: Release, *, expected: str, why: 
 
 
 def rollback(home: Home, pipeline: str, *, to: str | None = None, why: str) -> Release:
-    """Moves the pointer back, to the release before the champion or to a named one."""
+    """Moves the pointer back, to the release before the champion or to a named one. Raises Refused for a bento that changed."""
     now = champion(home, pipeline)
     if now is None:
         raise MillraceError(f"{pipeline} has no champion: nothing to roll back")
@@ -127,6 +128,9 @@ def rollback(home: Home, pipeline: str, *, to: str | None = None, why: str) -> R
     if not target:
         raise Refused(f"{now.release} is the first release of {pipeline}: there is none before it")
     release = find_release(home, pipeline, target)
+    src = bento_folder(home, release) / "src"
+    if (src / SUMS).is_file() and (wrong := unlike(src)):  # older bentos have no such list
+        raise Refused(wrong)
     with lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True):
         write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
         _append(home, pipeline, "rollback", {"release": release.release, "from": now.release}, why)

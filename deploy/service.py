@@ -27,6 +27,7 @@ from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from deploy.contents import unlike  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
@@ -305,6 +306,8 @@ def _app() -> Starlette:
 )  # fmt: skip
 class Millrace:
     def __init__(self) -> None:
+        if wrong := unlike(SRC):
+            raise MillraceError(wrong)
         _endpoint["it"] = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
 
     @bentoml.on_shutdown

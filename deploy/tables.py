@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
-from deploy.requests import EARLIEST, LATEST, Field, feature_fields, key_fields
+from deploy.requests import EARLIEST, LATEST, Field, feature_fields, key_fields, longest_of
 from features.frame import feature_list
 from pipelines.errors import MillraceError, UsageError, nearest
 from pipelines.spec import Spec
@@ -22,8 +22,9 @@ Way = Literal["keys", "features"]
 MADE: dict[Way, tuple[str, ...]] = {"features": ("probability", "decision", "release")}  # columns that scoring adds
 MADE["keys"] = (*MADE["features"], "missing", "unseen", "stale", "unknown_entity", "outside_horizon", "refused")
 UTC = pa.timestamp("us", "UTC")
-_TYPES = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "timestamp": UTC}
-_WANTED = {"string": "text", "float64": "numbers", "int64": "whole numbers", "bool": "booleans",
+_TYPES = {"string": pa.string(), "text": pa.string(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
+          "timestamp": UTC}  # fmt: skip
+_WANTED = {"string": "text", "text": "text", "float64": "numbers", "int64": "whole numbers", "bool": "booleans",
            "timestamp": "times with a zone, or dates"}  # fmt: skip
 _NOT_TEXT = "\x1f"  # parts the columns of a key
 
@@ -158,7 +159,7 @@ def _fits(found: pa.DataType, kind: str) -> bool:
         return _fits(found.value_type, kind)
     if pa.types.is_null(found):
         return True
-    if kind == "string":
+    if kind in ("string", "text"):
         return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
     if kind == "float64":
         return pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_boolean(found)
@@ -199,8 +200,9 @@ def check_text(where: str, column: pa.Array, field: Field, first: int) -> None:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
         raise MillraceError(f"{where}: column {field.name!r} from row {first:,} on: {error}; write it as UTF-8") from None
-    bad = pc.or_(pc.greater(pc.utf8_length(column), 1_000), pc.match_substring(column, _NOT_TEXT))
-    _refuse(where, field, bad, first, "longer than 1,000 characters, or holds a control character", "shorten it")
+    longest = longest_of(field.type)
+    bad = pc.or_(pc.greater(pc.utf8_length(column), longest), pc.match_substring(column, _NOT_TEXT))
+    _refuse(where, field, bad, first, f"longer than {longest:,} characters, or holds a control character", "shorten it")
 
 
 def check_range(where: str, columns: Mapping[str, np.ndarray], first: int) -> None:

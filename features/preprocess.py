@@ -96,25 +96,24 @@ class Preprocess:
         codes = np.zeros((rows, len(self.categories)), np.int64)
         for i, (name, lookup) in enumerate(zip(self.categories, self._lookups, strict=True)):
             codes[:, i] = [lookup.get(value, UNSEEN) for value in frame[name].tolist()]
-        return self._batch(numbers, codes)
+        return self._batch(numbers, codes, self.reader.read(frame) if self.reader and tokens is None else tokens)
 
     def transform_arrow(self, columns: Mapping[str, pa.Array]) -> Batch:
-        """The same of B rows as Arrow columns, text or float64: no Python object per value."""
+        """The same of B rows as Arrow columns, text or float64: no Python object per value, texts excepted."""
         rows = len(next(iter(columns.values())))
         numbers, codes = np.empty((rows, len(self.numbers))), np.empty((rows, len(self.categories)), np.int64)
         for i, name in enumerate(self.numbers):
             numbers[:, i] = filled(columns[name], np.nan)
         for i, (name, words) in enumerate(zip(self.categories, self._words, strict=True)):
             codes[:, i] = codes_of(columns[name], words) + 1
-        return self._batch(numbers, codes)
+        texts = {name: np.array(columns[name].to_pylist(), object) for name in self.texts}
+        return self._batch(numbers, codes, self.reader.read(texts) if self.reader else None)
 
-    def _batch(self, numbers: np.ndarray, codes: np.ndarray) -> Batch:
+    def _batch(self, numbers: np.ndarray, codes: np.ndarray, tokens: Tokens | None) -> Batch:
         missing = np.isnan(numbers)
         scaled = (np.clip(numbers, self.low, self.high) - self.mean) / self.std
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
-        if self.reader is None:
-            return Batch(numbers, codes, scaled.astype(np.float32))
-        return Batch(numbers, codes, scaled.astype(np.float32), self.reader.read(frame) if tokens is None else tokens)
+        return Batch(numbers, codes, scaled.astype(np.float32), tokens)
 
     def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
         """For each of B rows the categories whose value is not among those learned."""

@@ -356,6 +356,26 @@ def runs(pipeline: str, compare: tuple[str, ...]) -> Answer:
 
 @_verb
 @_pipeline
+@click.option("--release", help="Release that is looked at; default: the champion.")
+def verify(pipeline: str, release: str | None) -> Answer:
+    """Whether a release's bento is as it was packaged: every file, its name, and the packages that it runs with."""
+    from deploy.contents import read_lock, read_sums, unlike
+    from deploy.rollout import bento_folder, champion, find_release
+
+    home, spec = open_home(), load_spec(pipeline)
+    found = champion(home, spec.pipeline) if release is None else find_release(home, spec.pipeline, release)
+    if found is None:
+        raise UsageError(f"{spec.pipeline} has no release: type `millrace run {pipeline}`")
+    src = bento_folder(home, found) / "src"
+    if wrong := unlike(src):
+        return {"text": f"refused: {wrong}", "release": found.release, "wrong": wrong, "exit_code": 3}
+    files, packages = len(read_sums(src)), len(read_lock(src))
+    text = f"{found.release}: {files} files and {packages} packages are as they were packaged ({src})"
+    return {"text": text, "release": found.release, "files": files, "packages": packages}
+
+
+@_verb
+@_pipeline
 @click.option("--to", help="Release to go back to; default: the one before the champion.")
 @click.option("--why", default="by hand", help="Reason, for the log.")
 def rollback(pipeline: str, to: str | None, why: str) -> Answer:

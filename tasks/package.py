@@ -2,6 +2,7 @@
 
 from deploy.bundle import package_into
 from features.store import FeatureSet
+from pipelines.clock import iso
 from pipelines.manifest import Artifact, make_artifact
 from pipelines.run import Run
 from tasks.policy import opened, stage, stage_key
@@ -12,6 +13,11 @@ def _key(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> 
                      defs=features.defs_digest, spec=run.spec_digest)  # fmt: skip
 
 
+def _about(run: Run, model: Artifact) -> dict[str, str]:
+    return {"pipeline": run.pipeline, "snapshot": run.snapshot, "as_of": iso(run.as_of_us), "spec": run.spec_digest,
+            "model": model.digest}  # fmt: skip
+
+
 @stage(key=_key, tags=["release"], timeout_s=900)
 def package(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> Artifact:
     """Builds the bento, or finds the one with the same contents."""
@@ -19,6 +25,6 @@ def package(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) 
     return make_artifact(
         home.root, "package", _key(run, model, verdict, features),
         lambda out: package_into(
-            spec, home, home.root / model.path, home.root / verdict.path, features.defs_digest, out
+            spec, home, home.root / model.path, home.root / verdict.path, features.defs_digest, _about(run, model), out
         ),
     )  # fmt: skip

@@ -195,3 +195,11 @@ def test_score(tmp_path: Path) -> None:
     assert all(figures[name] > 0 for name in ("rows_per_s", "ratio_to_handwritten", "loop_ratio_to_handwritten", "speedup_2"))
     few, many = figures["peak_mb"].values()
     assert few > 0 and many < few + 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bento(tmp_path: Path) -> None:
+    figures = run("bento", tmp_path)["figures"]
+    assert figures["digest_equal"] and figures["verify_refused"] == figures["poisons"] > 5
+    assert 0 < figures["size_mb"] < 5 and figures["packages"] > 30 and figures["start_s"] > 0
