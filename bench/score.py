@@ -206,8 +206,8 @@ def measure(home: Home, release: Release, folder: Path, rows: int, rounds: int) 
         hand = run(home, "bench.score_by_hand", str(bundle), str(source), str(folder / "hand.parquet"))
         loop = in_one_process(home, release, source, folder / f"loop-{i}")
         two = score(parts, f"two-{i}", 2)
-        took = {"command_s": ours.seconds, "script_by_hand_s": hand.seconds, "command_cpu_s": ours.cpu_s,
-                "script_by_hand_cpu_s": hand.cpu_s, "two_s": two.seconds, "loop_s": loop, "loop_by_hand_s": float(hand.said)}  # fmt: skip
+        took = {"command_s": ours.seconds, "script_by_hand_s": hand.seconds, "two_s": two.seconds, "loop_s": loop,
+                "loop_by_hand_s": float(hand.said), "command_cpu_s": ours.cpu_s, "script_by_hand_cpu_s": hand.cpu_s}  # fmt: skip
         ran.append({name: round(seconds, 3) for name, seconds in took.items()})
     scores = folder / "one-0/rows-00000.parquet"
     numbers = [pq.read_table(path)["probability"].to_numpy() for path in (scores, folder / "hand.parquet")]
