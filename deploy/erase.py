@@ -43,6 +43,8 @@ from features.landed import read_landed
 from features.online import anchor_of
 from features.push import Delivery, event_tables
 from features.store import build_features
+from features.tokens import Tokens
+from features.trainset import TOKENS
 from features.versions import drop, drop_half_made, files_of, forget, objects_of, remote_of, track, version_of
 from pipelines.errors import Refused, UsageError
 from pipelines.home import Home
@@ -245,6 +247,11 @@ def _drop_rows(path: Path, gone_of: Callable[[pa.Table], np.ndarray]) -> int:
     table = pq.ParquetFile(path).read()
     gone = gone_of(table)
     if gone.any():
+        if path.name == "frame.parquet" and (tokens := path.with_name(TOKENS)).is_file():
+            scratch = tokens.with_name(f".{TOKENS}")
+            Tokens.load(tokens).take(~gone).save(scratch)
+            scratch.replace(tokens)
+            _sign(tokens)
         drop_rows(path, table, gone)
     return int(gone.sum())
 

@@ -65,18 +65,21 @@ class Tokens:
         """How often each token is in a row: float64 (B, V)."""
         from scipy.sparse import csr_array
 
-        lengths = self.lengths
-        at = np.repeat(self.begin - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        found = csr_array(
-            (np.ones(len(at)), self.values[at], np.concatenate([[0], np.cumsum(lengths)])), (len(self), self.size)
-        )  # fmt: skip
+        values, ends = self._together()
+        found = csr_array((np.ones(len(values)), values, ends), (len(self), self.size))
         found.sum_duplicates()
         return found
 
+    def _together(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of these rows alone, and where each row ends, after a 0."""
+        lengths = self.lengths
+        at = np.repeat(self.begin - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        return self.values[at], np.concatenate([[0], np.cumsum(lengths)])
+
     def save(self, path: Path) -> None:
         """As one column of an Arrow file, which readers map into memory."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths)])
-        column = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(self.values[self.begin[0] : self.end[-1]]))
+        values, ends = self._together()
+        column = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values))
         table = pa.table({"tokens": column}, metadata={"size": str(self.size), "pad": str(self.pad)})
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=len(self))

@@ -88,6 +88,9 @@ def test_tokens_are_padded_counted_and_kept(tmp_path: Path) -> None:
     tokens.save(tmp_path / "tokens.arrow")
     kept = Tokens.load(tmp_path / "tokens.arrow")
     assert rows(kept) == rows(tokens) and (kept.size, kept.pad) == (30, 0)
+    some.save(tmp_path / "some.arrow")
+    alone = Tokens.load(tmp_path / "some.arrow")
+    assert rows(alone) == plain and alone.values.size == sum(map(len, plain))
 
 
 def test_preprocessing_with_texts_is_kept_exactly(tmp_path: Path) -> None:
