@@ -36,10 +36,10 @@ test: setup  ## the everyday tests
 test-slow: test-slow-flows test-slow-parts  ## kills, scheduler, full data
 
 test-slow-flows: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e
+	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e --ignore tests/e2e/test_bench.py
 
 test-slow-parts: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 --ignore tests/e2e
+	@$(BIN)/python -m pytest -m slow --durations=12 tests/data tests/model tests/e2e/test_bench.py
 
 test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of the three parts at once)
 

@@ -9,7 +9,7 @@ N rows, X scaled columns, C categories.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,6 +34,7 @@ class Shards:
     def __init__(self, path: Path) -> None:
         self.path = path
         with pq.ParquetFile(path) as file:
+            self.scaled, self.codes = ([n for n in file.schema_arrow.names if n.startswith(prefix)] for prefix in (SCALED, CODE))
             self.sizes = np.array([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
 
     def __len__(self) -> int:
@@ -58,29 +59,46 @@ class Shards:
             yield parts[0] if len(parts) == 1 else _joined(parts)
 
     def _windows(self, seed: int, first: int) -> Iterator["Window"]:
-        """From the one that holds place `first` on; the next one is read ahead."""
+        """From the one that holds place `first` on; the next one is read ahead, into the memory of the one before."""
         groups = shuffled(len(self.sizes), seed).split(WINDOW)
         ends = [*accumulate(int(self.sizes[some.numpy()].sum()) for some in groups)]
         begin = next((i for i, end in enumerate(ends) if first < end), len(ends))
+        rooms = [self._room(int(np.diff(ends, prepend=0).max())) for _ in range(2)]
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
             coming = deque[Future[Window]]()
             for i in range(begin, len(groups)):
-                coming.append(reader.submit(self._window, groups[i].tolist(), (seed * 1_000_003 + i + 1) % 2**63, ends[i]))
+                own = (seed * 1_000_003 + i + 1) % 2**63
+                coming.append(reader.submit(self._window, groups[i].tolist(), own, ends[i], rooms[i % 2]))
                 if len(coming) > 1:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
 
-    def _window(self, groups: Sequence[int], seed: int, end: int) -> "Window":
-        """Reads row groups. Raises MillraceError for a file that is damaged."""
+    def _room(self, rows: int) -> tuple[Tensor, Resident]:
+        """Memory for numbers and values of rows; fresh for each window it would cost more page faults than reading does."""
+
+        def empty(*shape: int, kind: type = np.float32) -> Tensor:
+            return torch.from_numpy(np.empty(shape, kind))  # NumPy asks for huge pages
+
+        values = Resident(empty(rows, len(self.scaled)), empty(rows, len(self.codes), kind=np.int64), empty(rows))
+        return empty(rows, kind=np.int64), values
+
+    def _window(self, groups: list[int], seed: int, end: int, room: tuple[Tensor, Resident]) -> "Window":
+        """Reads row groups into `room`. Raises MillraceError for a file that is damaged."""
+        numbers, rows = room
+        wanted = [*zip(self.scaled, rows.scaled.numpy().T, strict=True), *zip(self.codes, rows.codes.numpy().T, strict=True),
+                  (LABEL, rows.label.numpy()), (NUMBER, numbers.numpy())]  # fmt: skip
+        count = 0
         try:
             with pq.ParquetFile(self.path) as file:
-                found = [file.read_row_group(i, use_threads=False) for i in groups]
+                for i in groups:
+                    for batch in file.read_row_group(i, use_threads=False).to_batches():
+                        for name, column in wanted:  # arrow's to_numpy would import pandas: 0.3 s without a step
+                            column[count : count + len(batch)] = np.from_dlpack(batch[name])
+                        count += len(batch)
         except (OSError, pa.ArrowException) as error:
             raise MillraceError(f"{self.path} cannot be read ({error}); remove {self.path.parent}, it is made again") from error
-        scaled, codes = _matrix(found, SCALED, np.float32), _matrix(found, CODE, np.int64)
-        rows = Resident(torch.from_numpy(scaled), torch.from_numpy(codes), torch.from_numpy(_column(found, LABEL)))
-        return Window(end - len(rows), end, shuffled(len(rows), seed), torch.from_numpy(_column(found, NUMBER)), rows)
+        return Window(end - count, end, shuffled(count, seed), numbers, rows)
 
 
 @dataclass(frozen=True)
@@ -100,22 +118,6 @@ class Window:
         return self.numbers.index_select(0, rows), self.rows.take(rows)
 
 
-def _matrix(tables: Sequence[pa.Table], prefix: str, kind: type) -> np.ndarray:
-    """The columns of a prefix side by side: (rows, columns)."""
-    names = [name for name in tables[0].column_names if name.startswith(prefix)]
-    found: np.ndarray = np.empty((sum(map(len, tables)), len(names)), kind)
-    at = 0
-    for table in tables:
-        for i, name in enumerate(names):
-            found[at : at + len(table), i] = table[name].to_numpy()
-        at += len(table)
-    return found
-
-
-def _column(tables: Sequence[pa.Table], name: str) -> np.ndarray:
-    return np.concatenate([table[name].to_numpy() for table in tables])
-
-
-def _joined(parts: Sequence[tuple[Tensor, Batch]]) -> tuple[Tensor, Batch]:
+def _joined(parts: list[tuple[Tensor, Batch]]) -> tuple[Tensor, Batch]:
     columns = zip(*(batch for _, batch in parts), strict=True)
     return torch.cat([numbers for numbers, _ in parts]), tuple(torch.cat(column) for column in columns)

@@ -93,13 +93,13 @@ def tumours_url(tumours_home: Home) -> Iterator[str]:
     millrace(tumours_home.root, "down", "tumours")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def redis() -> Iterator[Server]:
     with redis_server() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
     with postgres_server() as server:
         yield server

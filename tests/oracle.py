@@ -15,6 +15,7 @@ import operator
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -376,6 +377,7 @@ def column_type(source: Settings, column: str) -> str:
     return declared if isinstance(declared, str) else declared["type"]
 
 
+@cache
 def duration(text: str | int) -> int:
     """µs of `90s`, `60m`, `-1h`, `30d`; an integer is µs."""
     if isinstance(text, int):

@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from pipelines.clock import duration_text, duration_us
 from pipelines.spec import Spec
 
@@ -49,6 +51,11 @@ class Case:
     tables: dict[str, list[Row]]
     as_of: int
     requests: tuple[Request, ...]
+
+
+def seeds(count: int, everyday: int) -> list[Any]:
+    """Seeds of a test, the first ones for every day; the others are slow, all together."""
+    return [*range(everyday), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(everyday, count))]
 
 
 def random_case(seed: int) -> Case:

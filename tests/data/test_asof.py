@@ -24,6 +24,7 @@ import pytest
 from features.quick_feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType, types
 from pipelines.errors import MillraceError
 from pipelines.manifest import ROOT
+from tests.random_tables import seeds
 
 from features import asof, known  # isort: skip — after quick_feast
 from feast.errors import SavedDatasetLocationAlreadyExists  # isort: skip
@@ -174,7 +175,7 @@ def small_repo(repo: Path) -> Path:
     return repo
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", seeds(15, 6))
 def test_random_facts_in_parts_and_in_files(seed: int, small_repo: Path) -> None:
     assert wrong_cells(seed, small_repo) == []
 

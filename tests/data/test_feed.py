@@ -116,12 +116,14 @@ def nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "_of_keys", lambda *told: (change for change in honest(*told) if change[2] is not None))
 
 
-FAULTS = [closers_do_not_touch, where_a_fact_was_before_is_not_touched, other_versions_are_left_out, nothing_is_removed]
+# with a pipeline that is known to show it, where one of the first does not
+FAULTS = [(closers_do_not_touch, 5_000), (where_a_fact_was_before_is_not_touched, 5_000), (other_versions_are_left_out, 5_005),
+          (nothing_is_removed, 5_013)]  # fmt: skip
 
 
-@pytest.mark.parametrize("plant", FAULTS)
-def test_a_fault_in_what_is_touched_is_seen(plant: Plant, tmp_path: Path) -> None:
-    for seed in range(5_000, 5_100):
+@pytest.mark.parametrize(("plant", "likely"), FAULTS)
+def test_a_fault_in_what_is_touched_is_seen(plant: Plant, likely: int, tmp_path: Path) -> None:
+    for seed in sorted(range(5_000, 5_100), key=lambda seed: seed != likely):
         folder = tmp_path / str(seed)
         world = make_world(seed, folder)
         with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +137,7 @@ def test_facts_that_matter_no_more_change_nothing(tmp_path: Path, monkeypatch: p
     """Without them the views are the same for every row whose times are not older than the store keeps rows."""
     monkeypatch.setattr(feeding, "RECENT", 0)
     left_out = compared = 0
-    for seed in range(7_000, 7_020):
+    for seed in range(7_000, 7_010):
         world = make_world(seed, tmp_path / str(seed))
         since = sorted(t for _, t in world.asked())[len(world.asked()) // 2]
         some = recent(world.spec, world.tables, since)

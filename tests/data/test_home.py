@@ -223,6 +223,7 @@ def test_a_file_of_the_home_that_is_broken(tmp_path: Path, text: str, expected: 
     assert str(caught.value).startswith(f"{tmp_path}/home.json: ") and expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_home_that_was_moved(copied_home: Home, tumours: tuple[Home, dict[str, Any]]) -> None:
     """`copied_home` lies elsewhere than the run that made it."""
     _, first = tumours

@@ -31,6 +31,7 @@ from tests.agreement import (
     served_differences,
 )
 from tests.oracle import Key
+from tests.random_tables import seeds
 
 BLOCKS, SIZE = 10, 20  # 200 random pipelines, in blocks
 THROUGH_FEAST = (*range(1000, 1014), 1018, 1039, 1040)  # in the last ones a sequence shows a column of its key
@@ -51,7 +52,7 @@ def old_rows_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "DAY_US", 1)
 
 
-@pytest.mark.parametrize("block", [*range(4), *(pytest.param(b, marks=pytest.mark.slow) for b in range(4, BLOCKS))])
+@pytest.mark.parametrize("block", seeds(BLOCKS, 2))
 def test_the_code_agrees_with_the_oracle(block: int, folder: Path) -> None:
     differences, rows = [], 0
     for seed in range(block * SIZE, (block + 1) * SIZE):

@@ -4,7 +4,9 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -52,6 +54,13 @@ def states(landing: Path) -> dict[str, tuple[str, int, int]]:
     """Bytes, inode and time of change of every file: equal only where nothing was touched."""
     return {name: (digest, (landing / name).stat().st_ino, (landing / name).stat().st_mtime_ns)
             for name, digest in contents(landing).items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package_is_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flights, "_read_facts", cache(flights._read_facts))
+        yield
 
 
 @pytest.fixture(scope="module")

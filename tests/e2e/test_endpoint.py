@@ -399,7 +399,8 @@ def _plain(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("bundle/gbdt.txt", "gbdt.txt: not found, but model.json needs it; package the release again"),
+    [pytest.param("bundle/gbdt.txt", "gbdt.txt: not found, but model.json needs it; package the release again",
+                  marks=pytest.mark.slow),
      pytest.param("bundle/preprocess.json", "preprocess.json: not found", marks=pytest.mark.slow),
      ("tests/e2e/pace.py", "function 'tests.e2e.pace:pace' cannot be found"),
      ("features/views.py", "features.views is not in ")],

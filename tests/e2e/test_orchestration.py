@@ -42,7 +42,7 @@ LOCK_S = 60  # now and then two writers of Prefect's server block each other on 
 WAIT_S = LOCK_S + 60
 
 REPOSITORY = Path(__file__).parents[2]
-SWEEP = [sys.executable, "-m", "flows.sweep", "--pool", "local", "--", "--limit", "5"]
+SWEEP = [sys.executable, "-m", "flows.sweep", "--pool", "local", "--kill-after", "5", "--", "--limit", "5"]
 TOYS = """
 import os, signal, time
 from pathlib import Path

@@ -5,6 +5,8 @@ import shutil
 import signal
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,9 +68,9 @@ def departure(minute: int, trip: int) -> dict[str, Any]:
     return {"id": f"left-{minute}-{trip}", "source": "departures", "row": row}
 
 
-@pytest.fixture
-def live(buses: Buses, tmp_path: Path) -> Any:
-    home = Home(tmp_path / "home")
+@contextmanager
+def served(buses: Buses, root: Path) -> Iterator[Live]:
+    home = Home(root / "home")
     shutil.copytree(buses.home.root, home.root, ignore=shutil.ignore_patterns("predictions", "releases", "runs", "copies"))
     release = Release(buses.bento.tag, buses.bento.path, "made", buses.snapshot.digest, buses.snapshot.watermark_us,
                       buses.features.defs_digest, "", (), MISSING)  # fmt: skip
@@ -76,7 +78,22 @@ def live(buses: Buses, tmp_path: Path) -> Any:
     one = Live(home, str(buses.home.root.parent / "buses.yaml"))
     one.serve()
     yield one
-    millrace(home.root, "down", "buses")
+    assert f"buses on port {one.url.rpartition(':')[2]}" in millrace(home.root, "down", "buses", "--json").answer["stopped"]
+    with pytest.raises(OSError):
+        call(f"{one.url}/info", timeout=2)
+
+
+@pytest.fixture
+def live(buses: Buses, tmp_path: Path) -> Iterator[Live]:
+    with served(buses, tmp_path) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def shared(buses: Buses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """For tests that look at no event of another."""
+    with served(buses, tmp_path_factory.mktemp("shared")) as one:
+        yield one
 
 
 def test_events_are_served_at_once_each_once_and_the_skew_check_holds(live: Live, buses: Buses) -> None:
@@ -119,7 +136,7 @@ def test_events_are_served_at_once_each_once_and_the_skew_check_holds(live: Live
     assert (found.skewed_cells, found.unchecked) == (0, {})
 
 
-def test_what_is_not_an_event_is_refused(live: Live) -> None:
+def test_what_is_not_an_event_is_refused(shared: Live) -> None:
     good = departure(5, 1)
     wrong = {
         "is from the future": departure(61, 1),
@@ -130,22 +147,22 @@ def test_what_is_not_an_event_is_refused(live: Live) -> None:
         "breaks a rule of its source (nulls: line)": {**good, "row": {**good["row"], "line": None}},
     }
     for words, event in wrong.items():
-        status, answer = live.push(good, event)
+        status, answer = shared.push(good, event)
         assert status == 422 and words in answer["error"], answer
-    assert call(f"{live.admin}/push", {"rows": []})[0] == 422
-    assert live.push(good)[1]["taken"] == 1
-    status, answer = live.push({**good, "id": "other", "row": {**good["row"], "late": 99.0}})
+    assert call(f"{shared.admin}/push", {"rows": []})[0] == 422
+    assert shared.push(good)[1]["taken"] == 1
+    status, answer = shared.push({**good, "id": "other", "row": {**good["row"], "late": 99.0}})
     assert status == 422 and "a correction needs a later known-at" in answer["error"]
 
 
-def test_what_a_running_endpoint_has_not_written_yet_is_erased_too(live: Live, buses: Buses) -> None:
+def test_what_a_running_endpoint_has_not_written_yet_is_erased_too(shared: Live, buses: Buses) -> None:
     keys = {**trip_at(NOW + 12 * EVERY)}
     asked = [argument for name, value in keys.items() for argument in ("--key", f"{name}={value}")]
-    answers = live.ask(11, 12, 13)
-    done = millrace(live.home.root, "erase", live.yaml, *asked, "--json")
+    answers = shared.ask(11, 12, 13)
+    done = millrace(shared.home.root, "erase", shared.yaml, *asked, "--json")
     assert done.code == 0, done.err
-    assert read_log(live.home.predictions("buses"))["key"].to_pylist() == [as_json(answers[i]["key"]) for i in (0, 2)]
-    assert live.ask(11)[0]["probability"] == answers[0]["probability"]
-    assert live.ask(12)[0]["unknown_entity"]
-    assert live.push(departure(5, 1))[1]["taken"] == 1
-    assert live.ask(12)[0]["unknown_entity"]
+    assert read_log(shared.home.predictions("buses"))["key"].to_pylist() == [as_json(answers[i]["key"]) for i in (0, 2)]
+    assert shared.ask(11)[0]["probability"] == answers[0]["probability"]
+    assert shared.ask(12)[0]["unknown_entity"]
+    assert shared.push(departure(5, 2))[1]["taken"] == 1
+    assert shared.ask(12)[0]["unknown_entity"]

@@ -233,6 +233,7 @@ def test_serving_again_finds_the_endpoint_that_runs(tumours_home: Home, tumours_
     assert done.code == 0 and done.answer["url"] == tumours_url and time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_down_stops_it_and_it_can_be_served_again(copied_home: Home) -> None:
     answer = millrace(copied_home.root, "serve", "tumours", "--background", "--port", "0", "--json").answer
     try:
@@ -272,7 +273,8 @@ def test_nothing_to_serve(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("bundle/preprocess.json", "preprocess.json: not found"), (None, "is not there: run `millrace run` to build it again")],
+    [pytest.param("bundle/preprocess.json", "preprocess.json: not found", marks=pytest.mark.slow),
+     (None, "is not there: run `millrace run` to build it again")],
 )  # fmt: skip
 def test_a_champion_that_lacks_what_it_needs_is_not_served(copied_home: Home, file: str | None, expected: str) -> None:
     for folder in (copied_home.root / "bentoml/bentos/millrace_tumours").glob("*/src"):
@@ -292,6 +294,7 @@ def test_a_served_store_that_is_gone(copied_home: Home) -> None:
     assert "is not there: run `millrace run tumours` to feed it" in done.error
 
 
+@pytest.mark.slow
 def test_a_refused_contract_ends_with_3_and_publishes_nothing(tumours: tuple[Home, dict[str, Any]], copied_home: Home) -> None:
     """A file lands whose numbers are infinite and negative: the champion stays, a page says why."""
     spec, release = load_spec("tumours"), tumours[1]["release"]
