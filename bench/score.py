@@ -185,7 +185,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def measure(home: Home, release: Release, folder: Path, rows: int, rounds: int, kills: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(
+    home: Home, release: Release, folder: Path, rows: int, rounds: int, kills: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Figures and rounds of everything but the release itself."""
     name, bundle = release.release.partition(":")[0].removeprefix("millrace_"), bento_folder(home, release) / "src/bundle"
     source, few, many, parts = (folder / name for name in ("in/rows.parquet", "few/rows.parquet", "many/rows.parquet", "parts"))

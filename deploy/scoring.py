@@ -1,5 +1,6 @@
 """Batch scoring of what can still be asked: every row that the served store knows and no fact has closed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,11 @@ def score_open(home: Home, pipeline: str, *, at: str = "") -> Scored:
 
 def known_rows(spec: Spec, store: OnlineStore) -> list[dict[str, object]]:
     """The keys of the rows that a served store holds, times as int µs."""
-    types = _types(spec)
+    read: dict[str, Callable[[str], object]] = {"string": str, "bool": "true".__eq__}
+    types = {name: read.get(kind, int) for name, kind in _types(spec).items()}
 
     def row(key: str) -> dict[str, object]:
-        values = zip(types.items(), key.split(SEPARATOR), strict=True)
-        return {name: value if kind == "string" else int(value) for (name, kind), value in values}
+        return {name: kind(value) for (name, kind), value in zip(types.items(), key.split(SEPARATOR), strict=True)}
 
     return [row(key) for key in store.cells.keys(ROWS)]
 

@@ -368,6 +368,19 @@ def test_a_part_that_cannot_be_scored_leaves_nothing_and_the_next_is_scored(tumo
     assert [*files_in(out)] == ["good-0.parquet"]
 
 
+def test_a_disk_that_is_full_when_the_store_is_copied(released_buses: Home, tmp_path: Path) -> None:
+    write(tmp_path / "in/a.parquet", trips([trip_at(NOW + 3 * EVERY)]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(MillraceError, match=r"--output .*/out: .*; free space or rights there, and type the command again"):
+            score_files(released_buses, "buses", str(tmp_path / "in"), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert score_files(released_buses, "buses", str(tmp_path / "in"), tmp_path / "out").rows == 1
+
+
 def test_two_at_once_into_one_folder(tumours_home: Home, scored: tuple[Path, Path, ScoredFiles]) -> None:
     source, out, _ = scored
     held = tumours_home.lock(f"score-{digest_of(str(out))[:16]}")
