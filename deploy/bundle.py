@@ -32,8 +32,8 @@ SOURCES = (
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
     "features/views.py",
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "score", "words")),
-    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "imports", "loaded", "predictions", "requests",
-                                 "service", "tables")),
+    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "imports", "lean", "loaded", "predictions")),
+    *(f"deploy/{n}.py" for n in ("requests", "service", "tables")),
 )
 MADE = "2000-01-01T00:00:00+00:00"  # when BentoML says that it was made: the same contents are the same bytes
 LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")

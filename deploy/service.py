@@ -11,6 +11,7 @@ import deploy.imports
 SRC = Path(__file__).resolve().parents[1]
 deploy.imports.install(SRC)
 
+import asyncio  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -28,6 +29,7 @@ from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
+from deploy.lean import READ_S, Door, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
@@ -54,6 +56,7 @@ class Endpoint:
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         words = [*self.preprocess.categories, *self.preprocess.texts]
         self.log = PredictionLog(log_root, list(self.preprocess.numbers), words, self.spec.serve.log_flush)
+        self.door = Door(self.spec.serve.latency_budget / 1e6)
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
     def now_us(self) -> int:
@@ -171,7 +174,13 @@ class Endpoint:
         lines += ["# HELP millrace_pushed_events Pushed events that the served store has taken.",
                   "# TYPE millrace_pushed_events counter", f"millrace_pushed_events {self.store.last.get(PUSHED, 0)}",
                   "# HELP millrace_predictions_dropped Answers that could not be logged.",
-                  "# TYPE millrace_predictions_dropped counter", f"millrace_predictions_dropped {self.log.dropped}"]  # fmt: skip
+                  "# TYPE millrace_predictions_dropped counter", f"millrace_predictions_dropped {self.log.dropped}",
+                  "# HELP millrace_requests_answered Requests that this worker has answered.",
+                  "# TYPE millrace_requests_answered counter", f"millrace_requests_answered {self.door.answered}",
+                  "# HELP millrace_requests_shed Requests that this worker has sent away, since they would have waited too long.",
+                  "# TYPE millrace_requests_shed counter", f"millrace_requests_shed {self.door.shed}",
+                  "# HELP millrace_request_seconds Mean time of an answer, newer ones counting more.",
+                  "# TYPE millrace_request_seconds gauge", f"millrace_request_seconds {self.door.mean_s:.6f}"]  # fmt: skip
         return "\n".join(lines) + "\n"
 
     def _head(self, request_id: str, now: int) -> dict[str, Any]:
@@ -243,22 +252,42 @@ _endpoint: dict[str, Endpoint] = {}
 
 def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Request], Any]:
     async def handle(request: Request) -> Response:
+        endpoint = _endpoint["it"]
+        door = endpoint.door
         try:
-            length = int(request.headers.get("content-length") or 0)
-            if length > MAX_BYTES:
-                raise BadRequest(413, f"the body has {length:,} bytes; at most {MAX_BYTES:,} are taken")
-            body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise BadRequest(413, f"the body is larger than {MAX_BYTES:,} bytes: send fewer rows")
-            return JSONResponse(answer(_endpoint["it"], bytes(body)))
+            body = await _body(request)
+            if door.full():
+                said = f"{door.inside} requests are waiting, which is all that are answered in time; come again in a second"
+                return _refusal(429, said, headers={"Retry-After": "1"})
+            with door.entered():
+                await asyncio.sleep(0)  # all who have come are counted before the first is answered
+                began = time.perf_counter()
+                found = answer(endpoint, body)
+                door.took(time.perf_counter() - began)
+            return JSONResponse(found)
         except BadRequest as error:
             return _refusal(error.status, error.message, **error.details)
         except MillraceError as error:  # such as a served store that another version has fed
             return _refusal(503, str(error))
 
     return handle
+
+
+async def _body(request: Request) -> bytes:
+    """Raises BadRequest for one that is too large, or does not come."""
+    length = int(request.headers.get("content-length") or 0)
+    if length > MAX_BYTES:
+        raise BadRequest(413, f"the body has {length:,} bytes; at most {MAX_BYTES:,} are taken")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(READ_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    raise BadRequest(413, f"the body is larger than {MAX_BYTES:,} bytes: send fewer rows")
+    except TimeoutError:
+        raise BadRequest(408, f"{len(body):,} bytes of the body came within {READ_S:g} s; send it at once") from None
+    return bytes(body)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -297,6 +326,9 @@ def _app() -> Starlette:
             Route("/preflight/modules", modules),
         ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+trim()
 
 
 @bentoml.asgi_app(_app(), path="/")

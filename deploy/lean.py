@@ -1,0 +1,62 @@
+"""What stands around a request: less of BentoML than it would put there, and what it lacks. Runs in the serving process.
+
+BentoML traces every request, also where nobody listens, and cancels none that computes: both cost more than an answer. Without
+them a request has to be read in time, and no more are let in than are answered within the latency budget.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("millrace.service")
+AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware"}
+READ_S = 10.0  # within which a body must have come
+FEWEST = 16  # requests that are let in at once, however slow they are
+SHARE = 0.1  # of the newest request in the mean time of one
+
+
+def trim() -> None:
+    """Takes what costs out of BentoML's application; `MILLRACE_TRACING` keeps its tracing. Another BentoML is left as it is."""
+    from _bentoml_impl.server import app
+
+    whole = getattr(getattr(app.ServiceAppFactory, "middlewares", None), "fget", None)
+    if whole is None:
+        log.warning("this BentoML is not known: requests cost more than they need")
+        return
+    unwanted = AROUND - ({"OpenTelemetryMiddleware"} if os.environ.get("MILLRACE_TRACING") else set())
+    kept = property(lambda factory: [m for m in whole(factory) if getattr(m.cls, "__name__", "") not in unwanted])
+    app.ServiceAppFactory.middlewares = kept
+
+
+class Door:
+    """Lets in as many requests as are answered within a budget (s): those who would wait longer are told to come again."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.budget_s, self.mean_s = budget_s, 0.0
+        self.inside = self.shed = self.answered = 0
+
+    @property
+    def limit(self) -> int:
+        """Requests at a time, by the mean time of one."""
+        return max(FEWEST, int(self.budget_s / self.mean_s)) if self.mean_s else FEWEST
+
+    def full(self) -> bool:
+        """Whether one more would wait for too long; it is counted."""
+        if self.inside < self.limit:
+            return False
+        self.shed += 1
+        return True
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    def took(self, seconds: float) -> None:
+        """An answer took so long to compute."""
+        self.answered += 1
+        self.mean_s += (SHARE if self.mean_s else 1.0) * (seconds - self.mean_s)

@@ -1,0 +1,101 @@
+"""More requests than can be answered, and clients that do not send: each gets an answer or is told to come again, in time."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deploy.lean import AROUND, FEWEST, Door
+from deploy.process import Service, call
+from tests.e2e.buses import Buses
+from tests.e2e.test_endpoint import SOON
+
+
+def test_a_door_lets_in_what_is_answered_within_the_budget() -> None:
+    door = Door(0.05)
+    assert door.limit == FEWEST  # nothing is known yet
+    for _ in range(200):
+        door.took(0.001)
+    assert door.limit in (49, 50) and not door.full()
+    for _ in range(200):
+        door.took(0.5)
+    assert door.limit == FEWEST
+    with door.entered():
+        assert door.inside == 1
+    door.inside = FEWEST
+    assert door.full() and door.shed == 1 and door.answered == 400
+
+
+def request(body: object) -> bytes:
+    sent = json.dumps(body).encode()
+    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(sent), sent)
+
+
+async def ask(port: int, sent: bytes, ready: asyncio.Event) -> tuple[int, str, float]:
+    """Status, head of the answer and seconds; connected before, sent when all are ready."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await ready.wait()
+    began = time.perf_counter()
+    writer.write(sent)
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode()
+    writer.close()
+    return int(head.split()[1]), head, time.perf_counter() - began
+
+
+async def flood(port: int, count: int) -> list[tuple[int, str, float]]:
+    ready = asyncio.Event()
+    asked = [asyncio.create_task(ask(port, request({"rows": [SOON]}), ready)) for _ in range(count)]
+    await asyncio.sleep(0.5)
+    ready.set()
+    return await asyncio.gather(*asked)
+
+
+def test_a_flood_is_answered_or_told_to_come_again(buses_service: Service) -> None:
+    found = asyncio.run(flood(buses_service.port, 400))
+    counts = Counter(status for status, _, _ in found)
+    assert counts.keys() == {200, 429} and counts[200] >= FEWEST, counts
+    assert all("retry-after: 1" in head.lower() for status, head, _ in found if status == 429)
+    status, _ = call(f"{buses_service.url}/predict", {"rows": [SOON]})
+    assert status == 200  # all are out again
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_send_is_let_go_and_holds_up_nobody(buses_service: Service) -> None:
+    async def slow() -> tuple[int, str, float]:
+        whole = request({"rows": [SOON]})
+        return await ask(buses_service.port, whole[:-10], ready)
+
+    async def both() -> tuple[list[tuple[int, str, float]], list[float]]:
+        waiting = [asyncio.create_task(slow()) for _ in range(200)]
+        ready.set()
+        took = []
+        for _ in range(20):
+            took.append((await ask(buses_service.port, request({"rows": [SOON]}), ready))[2])
+        return await asyncio.gather(*waiting), took
+
+    ready = asyncio.Event()
+    late, took = asyncio.run(both())
+    assert {status for status, _, _ in late} == {408} and max(seconds for _, _, seconds in late) < 20
+    assert sorted(took)[10] < 1
+
+
+@pytest.mark.parametrize(("tracing", "expected"), [("", set()), ("1", {"OpenTelemetryMiddleware"})])
+def test_bentoml_s_application_is_as_we_know_it(buses: Buses, tracing: str, expected: set[str]) -> None:
+    """The property that is trimmed is there, and what is taken out of it was in it."""
+    code = (
+        "from _bentoml_impl.server.app import ServiceAppFactory as F; whole = F.middlewares.fget; import deploy.service as s; "
+        "s.Millrace.inject_config(); f = F(s.Millrace); "
+        "print([m.cls.__name__ for m in whole(f)], [m.cls.__name__ for m in f.middlewares], sep='|')"
+    )
+    src = buses.folder / "src"
+    env = {**os.environ, "PYTHONPATH": str(src), "MILLRACE_TRACING": tracing, "BENTOML_DO_NOT_TRACK": "True"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(src), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    whole, kept = ({*eval(part)} for part in done.stdout.strip().splitlines()[-1].split("|"))
+    assert whole >= AROUND and whole - kept == AROUND - expected and kept & AROUND == expected
