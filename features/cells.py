@@ -28,6 +28,7 @@ Meta = dict[str, str]
 Change = tuple[str, str, bytes | None]  # view, key, packed rows; None: the key is gone
 Newer = Callable[[bytes, bytes], bool]  # whether packed rows may replace what is held
 FEAST = "feast:"
+FEW = 500  # keys that SQLite is asked for in one statement
 LAST = NEVER  # a number that no event has
 KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
 COPIES = 5  # attempts to copy a store in one state
@@ -261,6 +262,8 @@ class SqliteCells:
             self.db.execute("ROLLBACK")
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
+        if len(wanted) > 1 and (count := sum(len(keys) for _, keys in wanted)) <= FEW:
+            return self._get_few(wanted, count)
         found: list[dict[str, bytes]] = []
         for view, keys in wanted:
             found.append({})
@@ -269,6 +272,16 @@ class SqliteCells:
                 query = f"SELECT key, packed FROM cells WHERE view = ? AND key IN ({','.join('?' * len(some))})"
                 found[-1].update(self.db.execute(query, (view, *some)).fetchall())
         return found
+
+    def _get_few(self, wanted: Sequence[tuple[str, Sequence[str]]], count: int) -> list[dict[str, bytes]]:
+        """All in one statement: for one row it costs half of one for each view."""
+        asked = ",".join(["(?, ?)"] * count)  # joined in this order: each is looked up by the table's own key
+        query = f"SELECT view, key, packed FROM (VALUES {asked}) CROSS JOIN cells ON view = column1 AND key = column2"
+        given = [value for view, keys in wanted for key in keys for value in (view, key)]
+        found: dict[str, dict[str, bytes]] = {view: {} for view, _ in wanted}
+        for view, key, packed in self.db.execute(query, given):
+            found[view][key] = packed
+        return [found[view] for view, _ in wanted]
 
     def keys(self, view: str) -> list[str]:
         return [key for (key,) in self.db.execute("SELECT key FROM cells WHERE view = ? ORDER BY key", (view,))]

@@ -35,6 +35,18 @@ class Feature:
 
 def feature_list(spec: Spec) -> tuple[Feature, ...]:
     """Every feature of a spec, in the order of the frame. Raises UsageError for a name twice, or for one that is none."""
+    held = _listed.get(id(spec))
+    if held is None or held[0] is not spec:  # a spec cannot be hashed, and a request asks again and again
+        if len(_listed) >= 16:
+            _listed.clear()
+        held = _listed[id(spec)] = spec, _list(spec)
+    return held[1]
+
+
+_listed: dict[int, tuple[Spec, tuple[Feature, ...]]] = {}
+
+
+def _list(spec: Spec) -> tuple[Feature, ...]:
     source = spec.row_source
     found = []
     for name in spec.features.row:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from features.cells import PUSHED, Held, Meta, Moved, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
-from features.frame import assemble, is_missing
+from features.frame import assemble
 from features.keys import request_key, text_key
 from features.steps import TIME, Steps, as_of, previous
 from features.views import RECENT, Stored, absent, stored_views
@@ -263,10 +263,16 @@ class OnlineStore:
                                  own[shape.order], shape.within)  # fmt: skip
             else:
                 found = as_of(start, columns[TIME], at, t)
+            if len(t) == 1:
+                picked = _one(stored, columns, int(found[0]))
+                raw[stored.view][stored.name] = picked
+                if stored.kind == "steps" and "_event" in picked:
+                    events[stored.view] = picked["_event"]
+                continue
             there, safe = found >= 0, np.maximum(found, 0)
             count = np.count_nonzero(there)
             known, whole = count > 0, count == len(t)
-            picked: Columns = {}
+            picked = {}
             for name in stored.integers:
                 values = columns[name][safe] if known else np.full(len(t), absent(name))
                 picked[name] = values if whole or not known else np.where(there, values, absent(name))
@@ -276,6 +282,15 @@ class OnlineStore:
             if stored.kind == "steps" and "_event" in picked:  # the view itself, not how it was some time ago
                 events[stored.view] = picked["_event"]
         return raw, events
+
+
+def _one(stored: Stored, columns: Columns, row: int) -> Columns:
+    """What a view holds for the one row that is asked about; −1: there is none."""
+    if row >= 0:
+        return {name: columns[name][row : row + 1] for name in (*stored.integers, *(name for name, _ in stored.values))}
+    found = {name: np.array([absent(name)]) for name in stored.integers}
+    none, nowhere = np.zeros(1, bool), None
+    return found | {name: _column(kind, nowhere, none, None) for name, kind in stored.values}
 
 
 def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:
@@ -290,6 +305,8 @@ def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: in
 def _column(kind: str, stored: np.ndarray | None, there: np.ndarray, asked: np.ndarray | None) -> np.ndarray:
     """A frame column: the stored value where there is one, else the asked value, else missing."""
     rows = len(there)
+    if stored is not None and there.all():
+        return stored
     if kind == "string":
         values = np.full(rows, None, object)
     elif kind == "timestamp":
@@ -316,7 +333,12 @@ class Served:
 
     def missing(self, row: int) -> list[str]:
         """Features without a value."""
-        return [name for name, values in self.frame.items() if is_missing(values[row : row + 1])[0]]
+        found = []
+        for name, values in self.frame.items():
+            value = values[row]
+            if value is None or value != value or (values.dtype.kind == "i" and value == MISSING):
+                found.append(name)
+        return found
 
     def stale(self, row: int, after: int | None) -> list[str]:
         """Latest views with a ttl whose newest fact is older than `after` (µs), or too old to count."""

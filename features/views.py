@@ -165,7 +165,7 @@ def derive(
     source = spec.sources[shape.source]
     found: Columns = {}
     if isinstance(shape, Window):
-        lengths = {f"{name}_{duration_text(length)}": length for length in shape.last}
+        lengths = {f"{name}_{duration_text(length)}": length for length in shape.last} if shape.ewm else {}
         for prefix, columns in raw.items():
             if shape.count:
                 found[f"{prefix}__count"] = columns["_count"].astype(np.float64)
@@ -223,8 +223,8 @@ def derive(
             else:
                 found[f"{name}__{c}"] = values
         found |= {f"{name}__{s}_{c}": columns[f"_{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
-    for feature, values in found.items():
-        if null_key.any():
+    if null_key.any():
+        for feature, values in found.items():
             missing: Any = None if values.dtype == object else np.nan
             found[feature] = np.where(null_key, missing, values)
     return found
@@ -237,5 +237,4 @@ def _unless_missing(values: np.ndarray) -> np.ndarray:
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b as float64, NaN where b is 0."""
-    zero = b == 0
-    return np.where(zero, np.nan, a.astype(np.float64) / np.where(zero, 1, b).astype(np.float64))
+    return np.divide(a, b, out=np.full(len(b), np.nan), where=b != 0)

@@ -107,7 +107,7 @@ def log(home: Home, release: str) -> None:
     rows = [{"request_id": f"r{i}", "row": 0, "release": release, "key": json.dumps({"line": "L7", "trip": i}),
              "request": json.dumps({"stop": stop, "seats": 3})} for i, stop in enumerate((STOP, LIKE, "a"))]  # fmt: skip
     folder = home.predictions("buses") / "hour=2024-05-06T12"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, BASE), folder / "w-000001.parquet")
 
 
