@@ -262,7 +262,7 @@ class SqliteCells:
             self.db.execute("ROLLBACK")
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:
-        if len(wanted) > 1 and (count := sum(len(keys) for _, keys in wanted)) <= FEW:
+        if len(wanted) > 1 and 0 < (count := sum(len(keys) for _, keys in wanted)) <= FEW:
             return self._get_few(wanted, count)
         found: list[dict[str, bytes]] = []
         for view, keys in wanted:
