@@ -149,7 +149,7 @@ def test_a_second_run_makes_what_is_missing(
 def released_buses(buses: Buses, tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A copy of the buses' home in which their bento is champion."""
     home = Home(tmp_path_factory.mktemp("released") / "home")
-    shutil.copytree(buses.home.root, home.root, ignore=shutil.ignore_patterns("predictions"))
+    shutil.copytree(buses.home.root, home.root, ignore=shutil.ignore_patterns("predictions", "releases"))
     release = Release(buses.bento.tag, buses.bento.path, "", buses.snapshot.digest, parse_time("2024-05-06T12:00Z"),
                       buses.features.defs_digest, "", (), 0)  # fmt: skip
     assert promote(home, "buses", release, expected="", why="test")
