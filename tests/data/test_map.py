@@ -37,6 +37,7 @@ KINDS = (
     "training: options that do not exist or do not fit together", "training: fp8 without the hardware, no compiler",
     "training: a module path that does not import, a module that cannot be trained", "training: SIGTERM",
     "training: a port that is taken", "training: fewer rows than a batch, too few for a step",
+    "more requests than can be answered; clients that do not send",
     "a poisoned bento: a file changed, missing or added, other libraries",
     "text: a column that is none, a folder that is no encoder, an encoder that cannot be made",
     "training: a cap, budget or schedule of power that is wrong or cannot be kept",
