@@ -1,0 +1,212 @@
+"""`python -m bench.serving`: an endpoint under an open load, with the load generator on the same machine.
+
+The flights of the demo: one row by its key, all feature views looked up. Requests leave at their time whether those before are
+answered or not, over connections that are kept; a latency counts from when a request should have left. Beside it, in turn, the
+same model on the same features from the same store by FastAPI, as most write it, and by a service of BentoML with all that it
+puts around a route. These two neither check nor log.
+
+Figures: at `rps` requests a second for `seconds`: `p50_ms`, `p99_ms`, `shed_share` (told to come again); `cpu_ms` a request of
+each server, `cpu_ratio_vs_fastapi_ort` and `cpu_ratio_vs_bentoml` (medians of rounds in turn); `max_rps_under_50ms` (largest
+rate of those tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`; `equal` (the answers of all
+three, bit for bit); `not_installed`: peers that are not here.
+"""
+
+import asyncio
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench.record import options, report
+from deploy.process import call, free_port, start, stop
+from deploy.rollout import bento_folder, champion
+from pipelines.home import Home
+from pipelines.manifest import read_json
+from tests.command import environment, millrace
+
+PEERS = ("fastapi", "bentoml")
+RATE = 200
+
+
+def request(body: object) -> bytes:
+    sent = json.dumps(body).encode()
+    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+        len(sent), sent,
+    )  # fmt: skip
+
+
+class Load:
+    """Requests at a rate, over as many connections as are needed."""
+
+    def __init__(self, port: int, sent: list[bytes]) -> None:
+        self.port, self.sent = port, sent
+        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.taken: list[tuple[float, int]] = []
+
+    async def one(self, due: float, number: int) -> None:
+        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(self.sent[number % len(self.sent)])
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(length)
+        self.taken.append((time.perf_counter() - due, int(head[9:12])))
+        self.idle.append((reader, writer))
+
+    async def run(self, rate: float, seconds: float) -> None:
+        begin, running = time.perf_counter(), []
+        for number in range(int(rate * seconds)):
+            due = begin + number / rate
+            if (wait := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            running.append(asyncio.create_task(self.one(due, number)))
+        await asyncio.gather(*running)
+        for _, writer in self.idle:
+            writer.close()
+
+
+def load(port: int, sent: list[bytes], rate: float, seconds: float) -> dict[str, float]:
+    """Latencies in ms, and the share that was told to come again."""
+    made = Load(port, sent)
+    asyncio.run(made.run(rate, seconds))
+    took, statuses = np.array([t for t, _ in made.taken]) * 1e3, np.array([s for _, s in made.taken])
+    assert set(statuses.tolist()) <= {200, 429}, set(statuses.tolist())
+    p50, p99 = np.percentile(took[statuses == 200], [50, 99])
+    return {"p50_ms": float(p50), "p99_ms": float(p99), "shed_share": float((statuses == 429).mean()), "requests": len(took)}
+
+
+def cpu_s(pid: int) -> float:
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(sum(p.cpu_times()[:2]) for p in family)
+
+
+def rss_mb(pid: int) -> float:
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(p.memory_info().rss for p in family) / 2**20
+
+
+@contextmanager
+def ours(home: Home, pipeline: str) -> Iterator[tuple[int, int, float]]:
+    """The product's endpoint: port, process, seconds until it was ready."""
+    release = champion(home, pipeline)
+    assert release is not None
+    began = time.perf_counter()
+    folder, log = bento_folder(home, release), home.root / "bench.log"
+    found = start(home, folder, port=free_port(), release=release.release, log=log, extra={})
+    took = time.perf_counter() - began
+    try:
+        yield found.port, found.pid, took
+    finally:
+        stop(found)
+
+
+@contextmanager
+def peer(home: Home, pipeline: str, kind: str, row: dict[str, Any]) -> Iterator[tuple[int, int, float]]:
+    """Another framework's."""
+    release = champion(home, pipeline)
+    assert release is not None
+    port, began = free_port(), time.perf_counter()
+    command = [sys.executable, "-m", "bench.serving_peers", kind, str(bento_folder(home, release) / "src/bundle"), str(home.root)]
+    with (home.root / f"{kind}.log").open("wb") as log:
+        process = subprocess.Popen([*command, str(port)], env=environment(home.root), stdout=log, stderr=log)
+    try:
+        while not _answers(port, row):
+            assert process.poll() is None, (home.root / f"{kind}.log").read_text()[-2_000:]
+            time.sleep(0.05)
+        yield port, process.pid, time.perf_counter() - began
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(port: int, row: dict[str, Any]) -> bool:
+    try:
+        return call(f"http://127.0.0.1:{port}/predict", {"rows": [row]}, timeout=5)[0] == 200
+    except OSError:
+        return False
+
+
+def fastest(port: int, sent: list[bytes], quick: bool) -> int:
+    """The largest rate, in steps of 50, whose p99 stays below 50 ms with nothing shed."""
+    best = 0
+    for rate in range(50, 2_000, 50 if not quick else 100):
+        found = load(port, sent, rate, 2 if quick else 8)
+        if found["p99_ms"] > 50 or found["shed_share"]:
+            break
+        best = rate
+    return best
+
+
+def main() -> None:
+    """Measures and reports."""
+    told = options("serving")
+    seconds, rounds, many = (5, 1, 1_000) if told.quick else (60, 3, 100_000)
+    work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
+    home, pipeline = Home(work / "home"), "flights_demo"
+    try:
+        assert millrace(home.root, "sample", pipeline).code == 0
+        done = millrace(home.root, "run", pipeline, "--json", sets=("tune.generations=1", "tune.size=2"))
+        assert done.code == 0, done.err
+        paths = read_json(home.runs(pipeline) / done.answer["run_id"] / "manifest.json")["stage_paths"]
+        row = read_json(home.root / paths["preflight"] / "preflight.json")["example"]
+        sent = [request({"rows": [row]})]
+        served: dict[str, Callable[[], Any]] = {"millrace": lambda: ours(home, pipeline)}
+        served |= {kind: (lambda kind=kind: peer(home, pipeline, kind, row)) for kind in PEERS}
+        found: dict[str, list[dict[str, float]]] = {kind: [] for kind in served}
+        answers = {}
+        for turn in range(rounds):
+            for kind, opened in served.items():
+                with opened() as (port, pid, ready):
+                    load(port, sent, 50, 2)  # it is warm
+                    before = cpu_s(pid)
+                    one = load(port, sent, RATE, seconds if kind == "millrace" and not turn else min(seconds, 15))
+                    found[kind].append({**one, "cpu_ms": (cpu_s(pid) - before) / one["requests"] * 1e3, "ready_s": ready})
+                    _, answer = call(f"http://127.0.0.1:{port}/predict", {"rows": [row]})
+                    answers[kind] = answer["rows"][0]["probability"]
+        with ours(home, pipeline) as (port, pid, _):
+            best = fastest(port, sent, told.quick)
+            load(port, sent, RATE, 2)
+            begin = rss_mb(pid)
+            rate = max(RATE, 0.8 * best)
+            load(port, sent, rate, many / rate)
+            grown = rss_mb(pid) - begin
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+    def ratio(kind: str) -> float:
+        return round(statistics.median(a["cpu_ms"] / b["cpu_ms"] for a, b in zip(found["millrace"], found[kind], strict=True)), 3)
+
+    first = found["millrace"][0]
+    figures = {
+        "rps": RATE, "seconds": seconds, "p50_ms": round(first["p50_ms"], 2), "p99_ms": round(first["p99_ms"], 2),
+        "shed_share": round(first["shed_share"], 4),
+        "cpu_ms": {kind: round(statistics.median(r["cpu_ms"] for r in runs), 3) for kind, runs in found.items()},
+        "cpu_ratio_vs_fastapi_ort": ratio("fastapi"), "cpu_ratio_vs_bentoml": ratio("bentoml"),
+        "p99_ms_of": {kind: round(statistics.median(r["p99_ms"] for r in runs), 2) for kind, runs in found.items()},
+        "max_rps_under_50ms": best, "ready_s": round(statistics.median(r["ready_s"] for r in found["millrace"]), 2),
+        "requests": many, "rss_growth_mb": round(grown, 1), "equal": len(set(answers.values())) == 1,
+        "not_installed": [name for name in ("litserve", "mlflow.models.cli") if _missing(name)],
+    }  # fmt: skip
+    rows = [{"what": kind, **{n: round(v, 3) for n, v in run.items()}} for kind, runs in found.items() for run in runs]
+    report("serving", figures, rows, told.json, "bentoml", "fastapi", "uvicorn", "onnxruntime", "lightgbm")
+
+
+def _missing(name: str) -> bool:
+    try:
+        return find_spec(name) is None
+    except ModuleNotFoundError:
+        return True
+
+
+if __name__ == "__main__":
+    main()
