@@ -217,6 +217,7 @@ class SqliteCells:
 
     def __init__(self, folder: Path, *, write: bool, durable: bool = True) -> None:
         path = self.path = folder / self.FILE
+        self.pinned: list[Meta] | None = None  # within one state of the store what it says of itself, once it was asked
         if not write:
             self.db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10, check_same_thread=False)
             return
@@ -251,14 +252,21 @@ class SqliteCells:
         return bool(self.db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchall())
 
     def meta(self) -> Meta:
-        return dict(self.db.execute("SELECT name, value FROM meta").fetchall())
+        if self.pinned:
+            return self.pinned[0]
+        found = dict(self.db.execute("SELECT name, value FROM meta").fetchall())
+        if self.pinned is not None:
+            self.pinned.append(found)
+        return found
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         self.db.execute("BEGIN")
+        self.pinned = []
         try:
             yield
         finally:
+            self.pinned = None
             self.db.execute("ROLLBACK")
 
     def get(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, bytes]]:

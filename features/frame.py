@@ -108,8 +108,9 @@ def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]],
     frame: Columns = {name: own[name] for name in (*spec.features.row, *spec.features.texts)}
     if spec.features.calendar:
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
+    null = {key: null_keys(own, key, len(t)) for key in {view.shape.key for view in spec.features.views.values()}}
     for name, view in spec.features.views.items():
-        frame |= derive(spec, name, raw[name], t, own, null_keys(own, view.shape.key, len(t)))
+        frame |= derive(spec, name, raw[name], t, own, null[view.shape.key])
     frame |= derived_numbers(spec.features.derived, own)
     for function in spec.features.functions:
         inputs = {name: frame[name] if name in frame else own[name] for name in function.inputs}

@@ -96,6 +96,10 @@ def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
     """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
+    if len(blobs) == 1 and not layout.words:
+        n = int.from_bytes(blobs[0][:4], "little")
+        rows = np.frombuffer(blobs[0], layout.dtype, n, 4)
+        return np.array([0, n]), {name: rows[name] for name in (*layout.times, *layout.numbers)}
     width, begins, bodies = layout.dtype.itemsize, [0], []
     words: dict[str, list] = {name: [] for name in layout.words}
     for blob in blobs:

@@ -237,4 +237,7 @@ def _unless_missing(values: np.ndarray) -> np.ndarray:
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b as float64, NaN where b is 0."""
+    if len(b) == 1:  # the same without an array's costs
+        below = float(b[0])
+        return np.array([float(a[0]) / below if below else np.nan])
     return np.divide(a, b, out=np.full(len(b), np.nan), where=b != 0)
