@@ -57,18 +57,12 @@ class Unprofiled(PassThroughProfiler):
 
 
 def precision_plugin(train: Train, accelerator: str) -> Precision:
-    """Raises UsageError for fp8: where no hardware has it, and where it is not built in."""
+    """In what numbers Lightning has the network multiply; 8-bit floats are the network's own matter."""
     if train.precision == "32-true":
         return Precision()
-    if train.precision == "fp8":
-        raise UsageError(
-            "train.precision fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this training "
-            "runs on a CPU; choose bf16-mixed" if accelerator == "cpu"
-            else "train.precision fp8 is not built in yet; choose bf16-mixed"
-        )  # fmt: skip
     # given as a plugin: by its name Lightning would take bfloat16 for float16 on a CPU
-    kind = MixedPrecision if train.precision == "16-mixed" else Bfloat16
-    return kind(train.precision, "cpu" if accelerator == "cpu" else "cuda")
+    device = "cpu" if accelerator == "cpu" else "cuda"
+    return MixedPrecision("16-mixed", device) if train.precision == "16-mixed" else Bfloat16("bf16-mixed", device)
 
 
 class Bfloat16(MixedPrecision):

@@ -24,6 +24,7 @@ from lightning_fabric.utilities import registry
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from models import float8
 from models.arrays import SHARDS, Arrays, epoch_shape
 from models.average import Average, share_of_newest
 from models.beat import END, START, STEPS, Beat
@@ -70,6 +71,9 @@ def main(folder: Path) -> None:
     steps = shape.updates(job.train.accumulate_grad_batches) * job.max_epochs
     loader = Loader(rows, shape, job.seed, rank, world, pinned=job.accelerator == "gpu")
     net = build(job.train, arrays.preprocess, job.seed, steps)
+    if job.train.precision == "fp8":
+        float8.check(job.accelerator, shape.batch // world)
+        net = float8.convert(net)
     keeper = Keeper(job, folder, valid, loader, steps, net)
     if job.train.module is not None:
         check_logits(net, resident(arrays, "valid_fit", 4), job.train.module)
@@ -416,7 +420,7 @@ def logits(net: nn.Module, rows: Resident, beat: Callable[[], Any]) -> np.ndarra
 def _answers(net: nn.Module, inputs: Batch) -> torch.Tensor:
     was, device = net.training, next(net.parameters()).device
     net.eval()
-    with torch.no_grad():
+    with torch.no_grad(), float8.plain(net):
         found: torch.Tensor = net(*(column.to(device) for column in inputs)).cpu()
     net.train(was)
     return found

@@ -671,6 +671,10 @@ class Train(Model):
     def _fits(self) -> "Train":
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise ValueError("strategy fsdp has no scaler for precision 16-mixed: choose bf16-mixed or 32-true")
+        if self.strategy == "fsdp" and self.precision == "fp8":
+            raise ValueError("strategy fsdp does not gather weights for precision fp8: choose ddp, or bf16-mixed")
+        if self.module is not None and self.precision == "fp8":
+            raise ValueError("precision fp8 is for Millrace's networks: convert your own module's layers yourself")
         if self.module is not None and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing is for Millrace's network: call torch.utils.checkpoint in your own module")
         if self.ema is not None and self.swa is not None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from flows.check import check_pipeline
+from models import float8
 from models.arrays import Arrays, epoch_shape
 from models.calibrate import sigmoid
 from models.custom import build, load_class
@@ -202,6 +204,45 @@ if step == 5: scaler._scale.fill_(2.0**30)
     assert not good.result.stopped and not good.notes and good.result.curve[0].train_loss is not None
     bad = launch(tmp_path / "bad", ranks=ranks, max_restarts=0, zygote=unruly).result
     assert "training rows 1100; last finite: step" in bad.stopped
+
+
+EMULATED = """
+import models.float8, models.supervisor
+was = models.float8.convert
+models.float8.check = lambda accelerator, rows: None
+models.float8.convert = lambda net: was(net, emulate=True)
+models.supervisor.serve()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_fp8_emulated_learns_what_bfloat16_does_and_survives_kills(arrays: Path, tmp_path: Path) -> None:
+    """Rounded to 8 bits on a CPU: other weights than bfloat16's, as good, exported as float32, the same after kills."""
+    emulated, wide = Zygote(("-c", EMULATED)), "train.network.width=64"
+    fp8, plain = (job(arrays, wide, f"train.precision={kind}") for kind in ("fp8", "bf16-mixed"))
+    eight, sixteen = run(emulated, tmp_path / "eight", fp8), run(emulated, tmp_path / "sixteen", plain)
+    assert eight.log_loss is not None and sixteen.log_loss is not None and abs(eight.log_loss - sixteen.log_loss) < 0.02
+    ours, theirs = weights(tmp_path / "eight"), weights(tmp_path / "sixteen")
+    assert ours.keys() == theirs.keys() and max(np.abs(ours[n] - theirs[n]).max() for n in ours) > 1e-4
+    hit = strike(emulated, tmp_path / "hit", [9, 50], signal.SIGKILL)
+    run(emulated, tmp_path / "hit", job(arrays, wide, "train.precision=fp8", every_us=20_000))
+    hit.join()
+    assert_same(weights(tmp_path / "hit"), ours)
+    emulated.close()
+
+
+def test_fp8_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(UsageError, match=r"compute capability 8\.9 or more, this one has 8\.0; choose bf16-mixed"):
+        float8.check("gpu", 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    float8.check("gpu", 64)
+    with pytest.raises(UsageError, match="a rank has 60 rows of a batch, which 16 does not divide"):
+        float8.check("gpu", 60)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(UsageError, match=r"train.precision fp8 needs torchao \(.*\): type `pip install torchao`"):
+        float8.convert(torch.nn.Linear(16, 16))
 
 
 def test_fp8_is_refused_where_no_hardware_has_it(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
@@ -499,6 +540,8 @@ def test_a_bad_batch_and_a_batch_in_parts_under_fsdp(zygote: Zygote, arrays: Pat
         (("train.schedule=cosin",), r"train.schedule: Input should be 'cosine', 'linear', .*, found 'cosin'"),
         (("train.accumulate_grad_batches=0",), "train.accumulate_grad_batches: .* greater than or equal to 1, found 0"),
         (("train.strategy=deepspeed_stage_3",), "train.strategy: deepspeed is not built in; fsdp spreads .* as its stage 3 does"),
+        (("train.strategy=fsdp", "train.precision=fp8"), "train: strategy fsdp does not gather weights for precision fp8"),
+        (("train.module=a:B", "train.precision=fp8"), "train: precision fp8 is for Millrace's networks: convert your own"),
         (("train.strategy=fsdp", "train.precision=16-mixed"), "train: strategy fsdp has no scaler .*: choose bf16-mixed or"),
         (("train.trainer={devices: 4}",), "train.trainer: devices is Millrace's own: say how many processes by train.ranks"),
         (("train.trainer={precision: 16, benchmrk: true}",), "train.trainer: precision is .*: give it as train.precision; "
