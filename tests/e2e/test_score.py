@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -450,7 +451,7 @@ def test_keys_are_asked_of_one_state_of_the_store_whatever_is_fed_meanwhile(
     score_files(home, "buses", source, tmp_path / "whole")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_parts._Scoring, "_refuse_change", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(score_parts._Scoring, "_refuse_change", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             score_files(home, "buses", source, tmp_path / "out", workers=1)
     left = files_in(tmp_path / "out")

@@ -273,7 +273,7 @@ def test_nothing_to_serve(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [pytest.param("bundle/preprocess.json", "preprocess.json: not found", marks=pytest.mark.slow),
+    [pytest.param("bundle/preprocess.json", "bundle/preprocess.json is missing", marks=pytest.mark.slow),
      (None, "is not there: run `millrace run` to build it again")],
 )  # fmt: skip
 def test_a_champion_that_lacks_what_it_needs_is_not_served(copied_home: Home, file: str | None, expected: str) -> None:
