@@ -4,7 +4,10 @@ B rows, L tokens, H numbers that the encoder makes of a text.
 """
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +48,8 @@ def build_text_net(preprocess: Preprocess, train: Train, seed: int) -> TextNet:
     assert reader is not None
     torch.manual_seed(seed)
     try:
-        encoder = _encoder(train, reader)
+        with _hidden("torchao"):
+            encoder = _encoder(train, reader)
         if train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
         _without_the_unused(encoder, reader)
@@ -59,6 +63,19 @@ def build_text_net(preprocess: Preprocess, train: Train, seed: int) -> TextNet:
     torch.manual_seed(seed)
     sizes = (len(preprocess.numbers), len(preprocess.may_miss), preprocess.sizes)
     return TextNet(encoder, TabularNet(*sizes, train.network, extra=encoder.config.hidden_size), reader.pad)
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Meanwhile a package counts as not installed: transformers would import it, in seconds, for what it is not asked for."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _encoder(train: Train, reader: Reader) -> Any:
