@@ -429,7 +429,7 @@ def test_whatever_is_killed_the_output_is_the_same_to_the_byte(tumours_home: Hom
         if process.returncode == 0:
             shutil.rmtree(out)
     last = millrace(tumours_home.root, "score", *words, str(out), "--workers", "2")
-    assert last.code == 0 and len(partly) > 3, partly
+    assert last.code == 0 and partly & {*range(1, 12)}, partly  # some were killed halfway
     assert files_in(out) == files_in(tmp_path / "whole")
     deadline = time.monotonic() + 10
     while any("deploy.batch" in " ".join(p.info["cmdline"] or ()) and str(tumours_home.root) in (p.info["cwd"] or "")
