@@ -57,9 +57,14 @@ async def flood(port: int, count: int) -> list[tuple[int, str, float]]:
 
 
 def test_a_flood_is_answered_or_told_to_come_again(buses_service: Service) -> None:
-    found = asyncio.run(flood(buses_service.port, 400))
-    counts = Counter(status for status, _, _ in found)
-    assert counts.keys() == {200, 429} and counts[200] >= FEWEST, counts
+    found: list[tuple[int, str, float]] = []
+    for _ in range(5):  # a machine that is busy elsewhere may send them slowly
+        found += asyncio.run(flood(buses_service.port, 400))
+        counts = Counter(status for status, _, _ in found)
+        assert counts.keys() <= {200, 429} and counts[200] >= FEWEST, counts
+        if counts[429]:
+            break
+    assert counts[429], counts
     assert all("retry-after: 1" in head.lower() for status, head, _ in found if status == 429)
     status, _ = call(f"{buses_service.url}/predict", {"rows": [SOON]})
     assert status == 200  # all are out again
