@@ -267,34 +267,33 @@ class OnlineStore:
                                  own[shape.order], shape.within)  # fmt: skip
             else:
                 found = as_of(start, columns[TIME], at, t)
-            if len(t) == 1:
-                picked = _one(stored, columns, int(found[0]))
-                raw[stored.view][stored.name] = picked
-                if stored.kind == "steps" and "_event" in picked:
-                    events[stored.view] = picked["_event"]
-                continue
-            there, safe = found >= 0, np.maximum(found, 0)
-            count = np.count_nonzero(there)
-            known, whole = count > 0, count == len(t)
-            picked = {}
-            for name in stored.integers:
-                values = columns[name][safe] if known else np.full(len(t), absent(name))
-                picked[name] = values if whole or not known else np.where(there, values, absent(name))
-            for name, kind in stored.values:
-                picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
+            picked = _one(stored, columns, int(found[0])) if len(t) == 1 else _many(stored, columns, found)
             raw[stored.view][stored.name] = picked
             if stored.kind == "steps" and "_event" in picked:  # the view itself, not how it was some time ago
                 events[stored.view] = picked["_event"]
         return raw, events
 
 
+def _many(stored: Stored, columns: Columns, found: np.ndarray) -> Columns:
+    """What a view holds for the rows that are asked about: `found` (R), −1 where there is nothing."""
+    there, safe = found >= 0, np.maximum(found, 0)
+    count = np.count_nonzero(there)
+    known, whole = count > 0, count == len(found)
+    picked: Columns = {}
+    for name in stored.integers:
+        values = columns[name][safe] if known else np.full(len(found), absent(name))
+        picked[name] = values if whole or not known else np.where(there, values, absent(name))
+    for name, kind in stored.values:
+        picked[name] = _column(kind, columns[name][safe] if len(columns[name]) else None, there, None)
+    return picked
+
+
 def _one(stored: Stored, columns: Columns, row: int) -> Columns:
-    """What a view holds for the one row that is asked about; −1: there is none."""
-    if row >= 0:
-        return {name: columns[name][row : row + 1] for name in (*stored.integers, *(name for name, _ in stored.values))}
-    found = {name: np.array([absent(name)]) for name in stored.integers}
-    none, nowhere = np.zeros(1, bool), None
-    return found | {name: _column(kind, nowhere, none, None) for name, kind in stored.values}
+    """The same for one row, without what arrays cost. Values are copies: they go into the frame, integers do not."""
+    if row < 0:
+        return _many(stored, columns, np.array([row]))
+    picked = {name: columns[name][row : row + 1] for name in stored.integers}
+    return picked | {name: columns[name][row : row + 1].copy() for name, _ in stored.values}
 
 
 def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:

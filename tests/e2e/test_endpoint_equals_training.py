@@ -134,6 +134,14 @@ def test_served_features_are_those_of_the_oracle(flights: Flights, rows: list[Ve
         assert frame_differences(flights.spec, served.frame, expected, str(key_of(flights.spec, row))) == []
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_user_s_function_is_given_may_be_written_to(flights: Flights, rows: list[Version], count: int) -> None:
+    """Of one row as of several: a function that fills gaps in place must not fail for single requests alone."""
+    asked = [key_of(flights.spec, row) for row in rows[:count]]
+    frame = serve_features(flights.store, asked, flights.anchor).frame
+    assert [name for name, values in frame.items() if not values.flags.writeable] == []
+
+
 def test_request_fields_stand_in_for_rows_that_are_not_stored(flights: Flights, rows: list[Version]) -> None:
     now = flights.anchor + HOUR
     given = [{**row, "flight": 9990 + i % 10, "known_at": None} for i, row in enumerate(rows[:UNKNOWN])]
