@@ -15,9 +15,8 @@ import time
 from importlib.metadata import distribution
 from pathlib import Path
 
-import psutil
-
 from bench.record import options, report
+from bench.serving import cpu_s
 from deploy.bundle import build_bento
 from deploy.contents import read_lock, tree_digest, unlike
 from deploy.process import free_port, start, stop
@@ -44,8 +43,7 @@ def started(home: Home, folder: Path, release: str) -> tuple[float, float]:
     began = time.perf_counter()
     service = start(home, folder, port=free_port(), release=release, log=home.root / "bench.log", extra={})
     took = time.perf_counter() - began
-    family = [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
-    used = sum(sum(p.cpu_times()[:2]) for p in family)
+    used = cpu_s(service.pid)
     stop(service)
     return took, used
 

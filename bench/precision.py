@@ -10,7 +10,6 @@ precision (products of matrices a second, over those of one large product on the
 speedups are named `..._cpu`: no figure of a GPU is claimed without one.
 """
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -74,7 +73,6 @@ def share_of_peak(arrays: Path, train: Train, rows_per_s: float) -> dict[str, fl
 def main() -> None:
     """Measures and reports."""
     told = options("precision")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gpu = bool(devices())
     rounds, count, width = (1, 30_000, 128) if told.quick else (2, 60_000, 256)
     encoder, length, size = (BERT, 128, 64) if gpu else (SMALL, 32, 32)

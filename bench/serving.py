@@ -12,7 +12,6 @@ three, bit for bit); `not_installed`: peers that are not here.
 """
 
 import asyncio
-import json
 import shutil
 import statistics
 import subprocess
@@ -34,16 +33,10 @@ from deploy.rollout import bento_folder, champion
 from pipelines.home import Home
 from pipelines.manifest import read_json
 from tests.command import environment, millrace
+from tests.e2e.test_load import request
 
 PEERS = ("fastapi", "bentoml")
 RATE = 200
-
-
-def request(body: object) -> bytes:
-    sent = json.dumps(body).encode()
-    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
-        len(sent), sent,
-    )  # fmt: skip
 
 
 class Load:
@@ -85,14 +78,16 @@ def load(port: int, sent: list[bytes], rate: float, seconds: float) -> dict[str,
     return {"p50_ms": float(p50), "p99_ms": float(p99), "shed_share": float((statuses == 429).mean()), "requests": len(took)}
 
 
+def family(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
 def cpu_s(pid: int) -> float:
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(sum(p.cpu_times()[:2]) for p in family)
+    return sum(sum(p.cpu_times()[:2]) for p in family(pid))
 
 
 def rss_mb(pid: int) -> float:
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(p.memory_info().rss for p in family) / 2**20
+    return sum(p.memory_info().rss for p in family(pid)) / 2**20
 
 
 @contextmanager

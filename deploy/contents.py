@@ -4,7 +4,6 @@
 `src/bundle/sbom.cdx.json` is a CycloneDX bill of materials. Runs inside the serving process too.
 """
 
-import hashlib
 import json
 import re
 import uuid
@@ -101,9 +100,20 @@ def _licence(name: str) -> dict[str, Any]:
 
 def write_sums(src: Path) -> dict[str, str]:
     """Writes the hashes of all files of a folder beside them; path → digest."""
-    found = {p.relative_to(src).as_posix(): file_digest(p) for p in sorted(src.rglob("*")) if p.is_file() and p.name != SUMS}
+    found = {name: file_digest(src / name) for name in _files(src) if name != SUMS}
     _write(src, found)
     return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files of a folder; what Python has compiled beside them is none of them."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+
+
+def _erased(src: Path) -> dict[str, str]:
+    """The digests by which files were named out of which somebody was erased since."""
+    path = src / ERASED
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _write(src: Path, sums: Mapping[str, str]) -> None:
@@ -143,15 +153,14 @@ def problems(src: Path, version: str, direct: Iterable[str]) -> list[str]:
     except MillraceError as error:
         return [str(error)]
     found = []
-    there = {p.relative_to(src).as_posix() for p in src.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    there = set(_files(src))
     for name, digest in sums.items():
         if name not in there:
             found.append(f"{name} is missing")
         elif file_digest(src / name) != digest:
             found.append(f"{name} was changed")
     found += [f"{name} was added" for name in sorted(there - sums.keys() - BY_BENTOML - {SUMS, ERASED})]
-    before = json.loads((src / ERASED).read_text(encoding="utf-8")) if ERASED in there else {}
-    if version_of({**sums, **before}, pins) != version:
+    if version_of({**sums, **_erased(src)}, pins) != version:
         found.append(f"{SUMS} or {LOCK} is not that of {version}")
     for name in direct:
         try:
@@ -180,16 +189,11 @@ def sign_again(path: Path) -> None:
     """After a file was changed by an erasure: its new hash, and beside it the one by which the bento was named."""
     for src in path.parents:
         if (src / SUMS).is_file() and (name := path.relative_to(src).as_posix()) in (sums := read_sums(src)):
-            erased = src / ERASED
-            before = json.loads(erased.read_text(encoding="utf-8")) if erased.is_file() else {}
-            write_atomic(erased, json.dumps({name: sums[name], **before}, indent=1, sort_keys=True))
+            write_atomic(src / ERASED, json.dumps({name: sums[name], **_erased(src)}, indent=1, sort_keys=True))
             _write(src, {**sums, name: file_digest(path)})
             return
 
 
 def tree_digest(folder: Path) -> str:
     """Digest of all files of a folder and their names."""
-    hashed = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        hashed.update(f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n".encode())
-    return hashed.hexdigest()
+    return digest_of({name: file_digest(folder / name) for name in _files(folder)})

@@ -16,18 +16,15 @@ from models.elastic import finish, start_zygote, submit
 from models.ensemble import Choice, choose
 from models.gbdt import Trees, default_threads, fit_gbdt
 from models.job import LIBRARIES, PROFILE, Job, Outcome, Progress, own_code
-from models.score import NetworkScorer, Scorer, TreeScorer
+from models.score import KINDS
 from models.tune import apply
-from models.words import Words, fit_words
+from models.words import fit_words
 from pipelines.errors import MillraceError
 from pipelines.home import give_back_memory
 from pipelines.manifest import Note, code_digest, digest_of, file_digest, library_versions, read_json, write_json, write_page
 from pipelines.spec import Spec
 
 FILES = {"gbdt": "gbdt.txt", "gbdt_tuned": "gbdt_tuned.txt", "network": "network.onnx", "words": "words.json"}
-KINDS: dict[str, Callable[[Path], Scorer]] = {
-    "gbdt": TreeScorer, "gbdt_tuned": TreeScorer, "network": NetworkScorer, "words": Words.load,
-}  # fmt: skip
 
 
 def train_candidates(
@@ -128,11 +125,16 @@ def _forests(spec: Spec, data: TrainingSet, best: dict[str, Any], out: Path, thr
     return found
 
 
+def _kind(name: str) -> str:
+    """What kind of model a member is."""
+    return name.removesuffix("_tuned")
+
+
 def _choose(data: TrainingSet, out: Path) -> Choice:
     """Calibration and choice by the artefacts that would ship."""
     rows = data.rows("valid_select")
     batch = data.batch.take(rows)
-    logits = {name: KINDS[name](out / file).logit(batch) for name, file in FILES.items() if (out / file).exists()}
+    logits = {name: KINDS[_kind(name)](out / file).logit(batch) for name, file in FILES.items() if (out / file).exists()}
     return choose(logits, data.label[rows])
 
 
@@ -140,7 +142,7 @@ def _write(
     data: TrainingSet, choice: Choice, outcome: Outcome, trees: dict[str, Trees], out: Path, usage: dict[str, Any]
 ) -> None:  # fmt: skip
     members = [
-        {"name": n, "kind": n.removesuffix("_tuned"), "file": FILES[n], "a": c.a, "b": c.b}
+        {"name": n, "kind": _kind(n), "file": FILES[n], "a": c.a, "b": c.b}
         for n, c in choice.calibrations.items()
     ]
     prior = float(np.mean(data.label[data.rows("train")]))

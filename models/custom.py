@@ -17,6 +17,7 @@ from torch import nn
 from features.preprocess import Preprocess
 from models.data import INPUTS, Resident
 from models.net import build_net
+from models.text import build_text_net
 from pipelines.errors import UsageError, nearest
 from pipelines.spec import Train
 
@@ -69,11 +70,7 @@ def _offered(preprocess: Preprocess | None, train: Train, steps: int) -> dict[st
 def build(train: Train, preprocess: Preprocess, seed: int, steps: int) -> nn.Module:
     """The network of the spec, or the user's own; the seed alone decides its weights."""
     if train.module is None:
-        if preprocess.reader is None:
-            return build_net(preprocess, train, seed)
-        from models.text import build_text_net  # seconds, for what few tables need
-
-        return build_text_net(preprocess, train, seed)
+        return (build_text_net if preprocess.reader else build_net)(preprocess, train, seed)
     own, offered = load_class(train), _offered(preprocess, train, steps)
     torch.manual_seed(seed)
     try:

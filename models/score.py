@@ -73,7 +73,7 @@ class TreeScorer:
         return np.asarray(self._booster.predict(batch.trees, raw_score=True, num_threads=1), np.float64)
 
 
-_KINDS: dict[str, Callable[[Path], Scorer]] = {"network": NetworkScorer, "gbdt": TreeScorer, "words": Words.load}
+KINDS: dict[str, Callable[[Path], Scorer]] = {"network": NetworkScorer, "gbdt": TreeScorer, "words": Words.load}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Model:
             if not path.is_file():
                 raise MillraceError(f"{path}: not found, but model.json needs it; package the release again")
             try:
-                self._scorers[name] = _KINDS[member.kind](path)
+                self._scorers[name] = KINDS[member.kind](path)
             except Exception as error:
                 raise MillraceError(f"{path}: not readable as {member.kind} ({error}); train again") from error
         return self._scorers[name]

@@ -34,7 +34,8 @@ def test_a_door_lets_in_what_is_answered_within_the_budget() -> None:
 
 def request(body: object) -> bytes:
     sent = json.dumps(body).encode()
-    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(sent), sent)
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % len(sent) + sent
 
 
 async def ask(port: int, sent: bytes, ready: asyncio.Event) -> tuple[int, str, float]:
