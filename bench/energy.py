@@ -7,7 +7,8 @@ what it has added up, so that windows are judged by the machine, not by who was 
 
 Figures: `over_cap_share` (windows whose mean power is above the cap, from the first step to the last), the same without a cap
 (`over_cap_share_uncapped`), `weights_max_abs_diff` (capped against not, also with a rank killed), `meter_cost_share` (of the
-loop's time, for counting energy), `window_watts_max` and `seconds_ratio` (capped over not), by number of ranks.
+loop's time, for counting energy), `window_watts_max` and `seconds_ratio` (capped over not), by number of ranks, and
+`seconds_ratio_fewer` (two capped ranks of which one goes on, over two that both do).
 """
 
 import bisect
@@ -38,6 +39,7 @@ from pipelines.spec import Network, Power, Train
 
 CAP, IDLE, BUSY = 45.0, 20.0, 45.0  # watts; busy: more for each busy core
 TICK_S = 0.01
+FEWER = "capped, fewer ranks"
 KILL_S = 3.0  # after the first step
 SUPERVISOR = """
 import os
@@ -106,6 +108,7 @@ class Run:
     windows: tuple[float, ...]
     weights: dict[str, np.ndarray]
     restarts: tuple[str, ...]
+    notes: tuple[str, ...]
     usage: dict[str, Any]
 
 
@@ -125,7 +128,8 @@ def train(zygote: Zygote, folder: Path, job: Job, ranks: int, machine: Machine, 
             kill = False
     outcome = finish(future, folder, ranks)
     usage = read_json(folder / "usage.json")
-    return Run(last - first, tuple(machine.windows(window)), load_file(folder / "network.safetensors"), outcome.restarts, usage)
+    weights = load_file(folder / "network.safetensors")
+    return Run(last - first, tuple(machine.windows(window)), weights, outcome.restarts, outcome.notes, usage)
 
 
 def cost_share(folder: Path) -> float:
@@ -146,13 +150,15 @@ def main() -> None:
     plain = Train(network=Network(width=128, depth=2, frequencies=0, dropout=0.1), max_epochs=epochs, batch_size=4_096,
                   patience=epochs, checkpoint_every=1_000_000)  # fmt: skip
     capped = plain.model_copy(update={"power": Power(cap_watts=CAP, window=int(window * 1e6))})
+    fewer = plain.model_copy(update={"power": capped.power.model_copy(update={"fewer_ranks": True})})
     os.environ["BENCH_POWERCAP"] = str(work / "powercap")
     zygote, lines, runs = Zygote(("-c", SUPERVISOR)), list[dict[str, Any]](), dict[tuple[str, int], Run]()
     try:
         arrays = work / "arrays"
         apart(write, rows, arrays, plain)
         for ranks in (1, 2):
-            for name, settings in (("plain", plain), ("capped", capped), ("capped, killed", capped)):
+            runs_of = {"plain": plain, "capped": capped, "capped, killed": capped, **({FEWER: fewer} if ranks == 2 else {})}
+            for name, settings in runs_of.items():
                 machine = Machine(work / "powercap", psutil.Process(zygote.process.pid))
                 job = Job(str(arrays), settings, 1, epochs)
                 run = train(zygote, work / f"{name}-{ranks}", job, ranks, machine, window, kill="killed" in name)
@@ -172,8 +178,8 @@ def main() -> None:
     def worst(name: str, pick: Any) -> float:
         return float(pick(line["over_cap_share"] for line in lines if line["what"].startswith(name)))
 
-    diffs = [float(np.abs(run.weights[w] - runs["plain", ranks].weights[w]).max()) for (_, ranks), run in runs.items()
-             for w in run.weights]  # fmt: skip
+    diffs = [float(np.abs(run.weights[w] - runs["plain", ranks].weights[w]).max()) for (name, ranks), run in runs.items()
+             for w in run.weights if name != FEWER]  # fmt: skip
     real = meter_of(Power(), "cpu", 0, 1)
     report("energy", {
         "estimated": real.estimated, "meter": real.name, "simulated": f"{IDLE:g} W, {BUSY:g} W more a busy core",
@@ -182,6 +188,7 @@ def main() -> None:
         "weights_max_abs_diff": max(diffs), "kills": sum(len(run.restarts) for run in runs.values()),
         "window_watts_max": {f"{n}, {r} rank(s)": round(max(run.windows), 2) for (n, r), run in runs.items()},
         "seconds_ratio": {r: round(runs["capped", r].seconds / runs["plain", r].seconds, 2) for r in (1, 2)},
+        "seconds_ratio_fewer": round(runs[FEWER, 2].seconds / runs["capped", 2].seconds, 2), "notes_fewer": runs[FEWER, 2].notes,
         "meter_cost_share": round(cost, 6), "joules_saved_share": None,  # nothing is claimed without a real meter
     }, lines, told.json, "torch", "pytorch-lightning", "numpy", "nvidia-ml-py")  # fmt: skip
 

@@ -22,6 +22,7 @@ NOT_RESULT = ("checkpoint_every", "ranks", "max_restarts", "hang_after", "strate
 LIBRARIES = ("torch", "pytorch-lightning", "numpy")  # a checkpoint is read by the versions that wrote it
 PROFILE = "profile"  # folder, where train.profile asks for it
 STOPPED = 75  # exit code of a rank that was asked to end and has left a checkpoint
+FEWER = 76  # the same of one that wants half of the ranks to go on
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and a few words that say what is going on
 
 

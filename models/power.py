@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 from models.energy import Nvml, Tally, total
+from models.job import FEWER
 from pipelines.clock import duration_text, wall_us
 from pipelines.errors import MillraceError
 from pipelines.spec import Power
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SLICE_S = 0.2  # a rank that rests beats so often
 HOURS_S = 1.0  # between two looks at the hour
 SPARE = 0.01  # of the cap, kept free
+IDLE, WINDOWS = 0.55, 3  # half of the ranks would do: share of the time without work, over so many windows
 EARLY = 0.05  # of the steps after which a budget that will not last is told
 
 
@@ -43,6 +45,7 @@ class PowerSaver(pl.Callback):
         self.rests = [0.0, 0.0]  # joules and seconds
         self.going = False  # what the start has used is paid
         self.told: set[str] = set()
+        self.since: tuple[float, float, float] | None = None  # time, and work and rest until then, once the start was paid
         self.start, self.looked, self.lead = 0, -math.inf, Tally(keeper.folder / "energy-0")
         if keeper.rank == 0:
             self.lead["hold"] = 0.0
@@ -69,6 +72,7 @@ class PowerSaver(pl.Callback):
             self._wait(trainer.global_step)
         if self._pace() and self.keeper.rank == 0:
             self._budget(trainer.global_step)
+            self._fewer()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.counted = -math.inf
@@ -137,6 +141,19 @@ class PowerSaver(pl.Callback):
         if about not in self.told:
             self.told.add(about)
             self.keeper.say(f"train.power: {line}")
+
+    def _fewer(self) -> None:
+        """Ends with a checkpoint, for half of the ranks to go on, where these would do as much: a rank rests, or waits for
+        others that rest, for most of the time."""
+        if not self.power.fewer_ranks or self.world == 1 or not self.going or self.keeper.asked:
+            return
+        tally = self.energy.tally
+        worked = tally["busy_s"] if isinstance(self.energy.meter, Nvml) else time.process_time()
+        now = time.perf_counter(), worked, tally["rest_s"]
+        self.since = self.since or now
+        passed, worked, rest = (b - a for a, b in zip(self.since, now, strict=True))
+        if passed > WINDOWS * self.window and worked < (1 - IDLE) * passed and rest > IDLE / self.world * passed:
+            self.keeper.asked, self.keeper.code = True, FEWER
 
     def _limit(self) -> None:
         """What the limit was is kept in the tally, so that the start after a kill can undo it."""

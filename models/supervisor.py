@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from models.beat import STEPS, Beat
-from models.job import STOPPED, identity
+from models.job import FEWER, STOPPED, identity
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json, write_json
 
@@ -34,8 +34,8 @@ OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGSTOP)  # what another di
 WIDER_S = 60.0  # after so long ranks that were given up are tried again; twice as long after each failure
 MAX_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
-DONE, FAILED, OUT_OF_MEMORY, FINAL = 0, 1, 71, 77  # exit codes of a rank, as STOPPED is
-_BLAME = (OUT_OF_MEMORY, FINAL, FAILED)  # after those that were killed: who took its peers along
+DONE, FAILED, OUT_OF_MEMORY, FINAL = 0, 1, 71, 77  # exit codes of a rank, as STOPPED and FEWER are
+_BLAME = (FEWER, OUT_OF_MEMORY, FINAL, FAILED)  # after those that were killed: who took its peers along
 
 
 @dataclass
@@ -199,6 +199,10 @@ class _Group:
             return None
         if code == FINAL:
             return self._words("")
+        if code == FEWER:
+            self.resize(self.slots[: (len(self.slots) + 1) // 2], "train.power: the ranks were at rest for most of the time")
+            self.due = time.monotonic()
+            return None
         if code == OUT_OF_MEMORY:
             self.split *= 2
             why = f"rank {self.culprit} ran out of memory: from here on its batch is worked through in {self.split} parts"

@@ -183,7 +183,7 @@ class Keeper(pl.Callback):
         self.clock = Clock()
         self.reduce: AllReduce | None = None
         self.energy = Energy(meter_of(job.train.power, job.accelerator, self.rank, loader.world), folder / f"energy-{self.rank}")
-        self.farewell = ""  # why training ends where it was not asked from outside
+        self.farewell, self.code = "", STOPPED  # why training ends where it was not asked from outside
         self.writer = Writer(folder, origin(job), self.say, self.mine)
         heart = folder / f"heartbeat-{self.rank}"
         self.beat = Beat(heart) if heart.is_file() else Beat.make(heart)
@@ -355,7 +355,7 @@ class Keeper(pl.Callback):
             self.writer.wait()
             if self.farewell:
                 raise MillraceError(self.farewell)
-            os._exit(STOPPED)
+            os._exit(self.code)
 
     def leave(self) -> None:
         """What rank 0 tells when training is over."""

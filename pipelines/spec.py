@@ -535,6 +535,10 @@ class Power(Model):
         5 * 1_000_000, ge=500_000, validate_default=True, description="time over which cap_watts is a mean"
     )
     gpu_limit: bool = Field(False, description="let the GPU's driver hold cap_watts too, where this user may set its limit")
+    fewer_ranks: bool = Field(
+        False, description="go on with half of the ranks where they rest for most of the time below cap_watts; as with every "
+        "other number of ranks, weights are then equal within rounding"
+    )
     joules: float | None = Field(
         None, gt=0, description="energy after which training stops with a checkpoint; it resumes where more is allowed"
     )
@@ -560,6 +564,8 @@ class Power(Model):
             raise ValueError(f"idle_watts {self.idle_watts:g} is not below busy_watts {self.busy_watts:g}")
         if self.gpu_limit and self.cap_watts is None:
             raise ValueError("gpu_limit needs to know the limit: give cap_watts too")
+        if self.fewer_ranks and self.cap_watts is None:
+            raise ValueError("fewer_ranks is for a cap: give cap_watts too")
         return self
 
     def wanted(self) -> bool:

@@ -302,6 +302,24 @@ def test_a_capped_training_is_killed_and_ends_in_the_same_weights(
     assert found["watts"] < 5 * 1.02 and found["rest_s"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_half_of_the_ranks_go_on_where_all_rest_for_most_of_the_time(
+    zygote: Zygote, arrays: Path, tmp_path: Path, strategy: str
+) -> None:
+    options = ("train.network.dropout=0", "train.patience=12", f"train.strategy={strategy}")
+    run(zygote, tmp_path / "calm", job(arrays, *options, epochs=12), ranks=2)
+    wanted = job(arrays, *options, CAP, "train.power.fewer_ranks=true", epochs=12)
+    wanted.prepare(tmp_path / "capped")
+    outcome = launch(tmp_path / "capped", ranks=2, max_restarts=0, zygote=zygote)
+    found = [note for note in outcome.notes if "at rest for most of the time: 1 rank(s) from step" in note]
+    assert len(found) == 1 and outcome.restarts == ()  # no restart is used up
+    assert 0 < int(found[0].split("from step ")[1].split()[0]) < Beat(tmp_path / "capped" / "heartbeat-0").step
+    assert_same(weights(tmp_path / "capped"), weights(tmp_path / "calm"), atol=2e-6)
+    usage = read_json(tmp_path / "capped" / "usage.json")
+    assert usage["watts"] < 5 * 1.02
+
+
 # --- bad input, digests ---
 
 
@@ -311,6 +329,7 @@ def test_a_capped_training_is_killed_and_ends_in_the_same_weights(
         ("{cap_watts: 0}", r"train.power.cap_watts: Input should be greater than 0, found 0"),
         ("{cheap_hours: [22-25]}", r"train.power.cheap_hours: '22-25' are no hours of a day: write two whole ones such as 22-6"),
         ("{cheap_hours: [6-6]}", r"train.power.cheap_hours: '6-6' are no hours of a day"),
+        ("{fewer_ranks: true}", r"train.power: fewer_ranks is for a cap: give cap_watts too"),
         ("{gpu_limit: true}", r"train.power: gpu_limit needs to know the limit: give cap_watts too"),
         ("{idle_watts: 4}", r"train.power: idle_watts 4 is not below busy_watts 3.5"),
         ("{cap_watt: 4}", r"train.power.cap_watt: .*'cap_watts'"),
