@@ -2,6 +2,7 @@
 
 import copy
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -118,6 +119,7 @@ def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]
     return np.array(begins), columns
 
 
+Keys = Mapping[tuple[str, ...], list[str | None]]  # of a view's key columns: the texts of the asked rows
 Rows = tuple[np.ndarray, Columns, np.ndarray]  # where each distinct key begins, their rows, and each asked key's place
 
 
@@ -257,21 +259,44 @@ class OnlineStore:
         """What `frame.assemble` takes for rows at their times, and the event times of the latest views."""
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
         keys = own_keys(self.spec, own, (stored.key for stored in self.stored), len(t))
-        packed = self.read({stored.name: keys[stored.key] for stored in self.stored})
         events = {}
-        for stored in self.stored:
-            start, columns, at = packed[stored.name]
-            shape = self.spec.features.views[stored.view].shape
-            if isinstance(shape, Chain):
-                found = previous(start, columns["_order"], columns[TIME], columns["_live_to"], at, t,
-                                 own[shape.order], shape.within)  # fmt: skip
-            else:
-                found = as_of(start, columns[TIME], at, t)
-            picked = _one(stored, columns, int(found[0])) if len(t) == 1 else _many(stored, columns, found)
+        for stored, picked in self._picked_one(own, t, keys) if len(t) == 1 else self._picked(own, t, keys):
             raw[stored.view][stored.name] = picked
             if stored.kind == "steps" and "_event" in picked:  # the view itself, not how it was some time ago
                 events[stored.view] = picked["_event"]
         return raw, events
+
+    def _picked(self, own: Columns, t: np.ndarray, keys: Keys) -> Iterator[tuple[Stored, Columns]]:
+        packed = self.read({stored.name: keys[stored.key] for stored in self.stored})
+        for stored in self.stored:
+            start, columns, at = packed[stored.name]
+            yield stored, _many(stored, columns, self._found(stored, start, columns, at, own, t))
+
+    def _found(
+        self, stored: Stored, start: np.ndarray, columns: Columns, at: np.ndarray, own: Columns, t: np.ndarray
+    ) -> np.ndarray:  # fmt: skip
+        """The rows of a view that hold for keys at places `at` at times t, −1 where none."""
+        shape = self.spec.features.views[stored.view].shape
+        if not isinstance(shape, Chain):
+            return as_of(start, columns[TIME], at, t)
+        live = columns[TIME], columns["_live_to"]
+        return previous(start, columns["_order"], *live, at, t, own[shape.order], shape.within)
+
+    def _picked_one(self, own: Columns, t: np.ndarray, keys: Keys) -> Iterator[tuple[Stored, Columns]]:
+        """The same for one row: nothing is unpacked but what holds at its time."""
+        with self.reading():
+            asked = [(stored.name, [key] if (key := keys[stored.key][0]) is not None else []) for stored in self.stored]
+            held = self.cells.get(asked)
+            self.check_format()
+        now = int(t[0])
+        for stored, cells in zip(self.stored, held, strict=True):
+            layout, packed = self.layouts[stored.name], next(iter(cells.values()), b"")
+            if stored.kind == "sequence":
+                start, columns = unpack(layout, [packed] if packed else [])
+                row = int(self._found(stored, start, columns, np.array([0 if packed else -1]), own, t)[0])
+            else:
+                row = newest(layout, packed, now)
+            yield stored, _one(stored, layout, packed, row)
 
 
 def _many(stored: Stored, columns: Columns, found: np.ndarray) -> Columns:
@@ -288,12 +313,25 @@ def _many(stored: Stored, columns: Columns, found: np.ndarray) -> Columns:
     return picked
 
 
-def _one(stored: Stored, columns: Columns, row: int) -> Columns:
-    """The same for one row, without what arrays cost. Values are copies: they go into the frame, integers do not."""
+def newest(layout: Layout, packed: bytes, now: int) -> int:
+    """The packed row of the newest step with time ≤ now, −1 where none."""
+    width, at = layout.dtype.itemsize, layout.times.index(TIME)
+    rows = memoryview(packed)[4 : 4 + int.from_bytes(packed[:4], "little") * width]
+    return bisect_right(rows.cast("q")[at :: width // 8], now) - 1 if rows else -1
+
+
+def _one(stored: Stored, layout: Layout, packed: bytes, row: int) -> Columns:
+    """What `_many` gives for one row of a packed value. Values are copies: they go into the frame, integers do not."""
     if row < 0:
-        return _many(stored, columns, np.array([row]))
-    picked = {name: columns[name][row : row + 1] for name in stored.integers}
-    return picked | {name: columns[name][row : row + 1].copy() for name, _ in stored.values}
+        return _many(stored, unpack(layout, [])[1], np.array([row]))
+    width = layout.dtype.itemsize
+    cells = np.frombuffer(packed, layout.dtype, 1, 4 + row * width)
+    picked = {name: cells[name] for name in stored.integers}
+    picked |= {name: cells[name].copy() for name, kind in stored.values if kind != "string"}
+    if layout.words:
+        words = json.loads(packed[4 + int.from_bytes(packed[:4], "little") * width :])
+        picked |= {name: np.array([column[row]], object) for name, column in zip(layout.words, words, strict=True)}
+    return picked
 
 
 def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:
