@@ -12,6 +12,7 @@ SRC = Path(__file__).resolve().parents[1]
 deploy.imports.install(SRC)
 
 import asyncio  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -341,6 +342,8 @@ class Millrace:
         if wrong := unlike(SRC):
             raise MillraceError(wrong)
         _endpoint["it"] = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
+        gc.collect()
+        gc.freeze()  # what is here to stay: to look through it costs a tenth of a second, now and then
 
     @bentoml.on_shutdown
     def stop(self) -> None:

@@ -26,6 +26,7 @@ from pipelines.spec import Sequence as Chain
 from pipelines.spec import Spec
 
 T = TypeVar("T")
+FEW_ROWS = 64  # up to so many, rows are looked for one by one
 ROWS = "rows"  # the view that holds the rows source itself
 LAYOUT_TAG, KEY_TAG = "millrace.layout", "millrace.key"  # of views of ours in Feast's registry
 
@@ -42,6 +43,16 @@ class Layout:
     @cached_property
     def dtype(self) -> np.dtype:
         return np.dtype([(c, "<i8") for c in self.times] + [(c, "<f8") for c in self.numbers])
+
+    @cached_property
+    def when(self) -> slice:
+        """Where the times of the steps are among the eight-byte cells of packed rows."""
+        return slice(self.times.index(TIME), None, self.width // 8)
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes of a packed row."""
+        return self.dtype.itemsize
 
 
 def layouts(spec: Spec) -> dict[str, Layout]:
@@ -89,7 +100,7 @@ def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
     rows = np.empty(len(steps.t), layout.dtype)
     for name in layout.times:
         rows[name] = steps.t if name == TIME else steps.columns[name]
-    body, width, start = rows.tobytes(), layout.dtype.itemsize, steps.start.tolist()
+    body, width, start = rows.tobytes(), layout.width, steps.start.tolist()
     for key, lo, hi in zip(steps.keys.to_pylist(), start[:-1], start[1:], strict=True):
         if lo < hi:
             yield key, (hi - lo).to_bytes(4, "little") + body[lo * width : hi * width]
@@ -97,11 +108,7 @@ def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
     """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
-    if len(blobs) == 1 and not layout.words:
-        n = int.from_bytes(blobs[0][:4], "little")
-        rows = np.frombuffer(blobs[0], layout.dtype, n, 4)
-        return np.array([0, n]), {name: rows[name] for name in (*layout.times, *layout.numbers)}
-    width, begins, bodies = layout.dtype.itemsize, [0], []
+    width, begins, bodies = layout.width, [0], []
     words: dict[str, list] = {name: [] for name in layout.words}
     for blob in blobs:
         n = int.from_bytes(blob[:4], "little")
@@ -260,7 +267,7 @@ class OnlineStore:
         raw: dict[str, dict[str, Columns]] = {name: {} for name in self.spec.features.views}
         keys = own_keys(self.spec, own, (stored.key for stored in self.stored), len(t))
         events = {}
-        for stored, picked in self._picked_one(own, t, keys) if len(t) == 1 else self._picked(own, t, keys):
+        for stored, picked in (self._picked_few if len(t) <= FEW_ROWS else self._picked)(own, t, keys):
             raw[stored.view][stored.name] = picked
             if stored.kind == "steps" and "_event" in picked:  # the view itself, not how it was some time ago
                 events[stored.view] = picked["_event"]
@@ -282,21 +289,20 @@ class OnlineStore:
         live = columns[TIME], columns["_live_to"]
         return previous(start, columns["_order"], *live, at, t, own[shape.order], shape.within)
 
-    def _picked_one(self, own: Columns, t: np.ndarray, keys: Keys) -> Iterator[tuple[Stored, Columns]]:
-        """The same for one row: nothing is unpacked but what holds at its time."""
+    def _picked_few(self, own: Columns, t: np.ndarray, keys: Keys) -> Iterator[tuple[Stored, Columns]]:
+        """The same for few rows: of the packed values only what holds at their times is unpacked."""
         with self.reading():
-            asked = [(stored.name, [key] if (key := keys[stored.key][0]) is not None else []) for stored in self.stored]
-            held = self.cells.get(asked)
+            held = self.cells.get([(s.name, sorted({k for k in keys[s.key] if k is not None})) for s in self.stored])
             self.check_format()
-        now = int(t[0])
+        times = t.tolist()
         for stored, cells in zip(self.stored, held, strict=True):
-            layout, packed = self.layouts[stored.name], next(iter(cells.values()), b"")
+            layout, packed = self.layouts[stored.name], [cells.get(key, b"") for key in keys[stored.key]]  # type: ignore[arg-type]
             if stored.kind == "sequence":
-                start, columns = unpack(layout, [packed] if packed else [])
-                row = int(self._found(stored, start, columns, np.array([0 if packed else -1]), own, t)[0])
+                start, columns = unpack(layout, packed)
+                found = self._found(stored, start, columns, np.arange(len(t)), own, t)
+                yield stored, _many(stored, columns, found)
             else:
-                row = newest(layout, packed, now)
-            yield stored, _one(stored, layout, packed, row)
+                yield stored, _few(stored, layout, packed, [newest(layout, p, at) for p, at in zip(packed, times, strict=True)])
 
 
 def _many(stored: Stored, columns: Columns, found: np.ndarray) -> Columns:
@@ -315,23 +321,26 @@ def _many(stored: Stored, columns: Columns, found: np.ndarray) -> Columns:
 
 def newest(layout: Layout, packed: bytes, now: int) -> int:
     """The packed row of the newest step with time ≤ now, −1 where none."""
-    width, at = layout.dtype.itemsize, layout.times.index(TIME)
-    rows = memoryview(packed)[4 : 4 + int.from_bytes(packed[:4], "little") * width]
-    return bisect_right(rows.cast("q")[at :: width // 8], now) - 1 if rows else -1
+    end = 4 + int.from_bytes(packed[:4], "little") * layout.width
+    return bisect_right(memoryview(packed)[4:end].cast("q")[layout.when], now) - 1 if end > 4 else -1
 
 
-def _one(stored: Stored, layout: Layout, packed: bytes, row: int) -> Columns:
-    """What `_many` gives for one row of a packed value. Values are copies: they go into the frame, integers do not."""
-    if row < 0:
-        return _many(stored, unpack(layout, [])[1], np.array([row]))
-    width = layout.dtype.itemsize
-    cells = np.frombuffer(packed, layout.dtype, 1, 4 + row * width)
-    picked = {name: cells[name] for name in stored.integers}
-    picked |= {name: cells[name].copy() for name, kind in stored.values if kind != "string"}
-    if layout.words:
-        words = json.loads(packed[4 + int.from_bytes(packed[:4], "little") * width :])
-        picked |= {name: np.array([column[row]], object) for name, column in zip(layout.words, words, strict=True)}
-    return picked
+def _few(stored: Stored, layout: Layout, packed: Sequence[bytes], rows: Sequence[int]) -> Columns:
+    """What `_many` gives for a row of each of some packed values, −1 where there is none."""
+    width, there = layout.width, [(p, row) for p, row in zip(packed, rows, strict=True) if row >= 0]
+    cells = np.frombuffer(bytearray().join([p[4 + row * width : 4 + (row + 1) * width] for p, row in there]), layout.dtype)
+    columns: Columns = {name: cells[name] for name in layout.dtype.names or ()}
+    for i, name in enumerate(layout.words):
+        columns[name] = np.array([_words(layout, p)[i][row] for p, row in there], object)
+    if len(there) == len(packed):
+        return columns
+    return _many(stored, columns, np.where(np.array(rows) < 0, -1, np.cumsum(np.array(rows) >= 0) - 1))
+
+
+def _words(layout: Layout, packed: bytes) -> list[list[str | None]]:
+    """The words of a packed value, column by column."""
+    words: list[list[str | None]] = json.loads(packed[4 + int.from_bytes(packed[:4], "little") * layout.width :])
+    return words
 
 
 def own_keys(spec: Spec, own: Columns, keys: Iterable[tuple[str, ...]], rows: int) -> dict[tuple[str, ...], list[str | None]]:
