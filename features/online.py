@@ -329,7 +329,7 @@ def _few(stored: Stored, layout: Layout, packed: Sequence[bytes], rows: Sequence
     """What `_many` gives for a row of each of some packed values, −1 where there is none."""
     width, there = layout.width, [(p, row) for p, row in zip(packed, rows, strict=True) if row >= 0]
     cells = np.frombuffer(bytearray().join([p[4 + row * width : 4 + (row + 1) * width] for p, row in there]), layout.dtype)
-    columns: Columns = {name: cells[name] for name in layout.dtype.names or ()}
+    columns: Columns = {name: cells[name] for name in (*stored.integers, *(n for n, kind in stored.values if kind != "string"))}
     for i, name in enumerate(layout.words):
         columns[name] = np.array([_words(layout, p)[i][row] for p, row in there], object)
     if len(there) == len(packed):
