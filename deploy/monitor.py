@@ -1,6 +1,7 @@
 """What became of the answers: quality on the labels that arrived since, drift of features and scores, and skew."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from features.ingest import read_table
 from features.keys import text_key
 from features.rows import PARTS, labels
 from models.evaluate import CHALLENGER, metric_values
-from pipelines.clock import parse_time
-from pipelines.errors import MillraceError
+from pipelines.clock import parse_time, wall_us
+from pipelines.errors import Busy, MillraceError
 from pipelines.home import Home
 from pipelines.manifest import read_json, write_json, write_page
-from pipelines.predlog import FEATURE, read_log
+from pipelines.predlog import FEATURE, newest_hour, read_log, tidy
+from pipelines.run import run_lock
 from pipelines.spec import Spec
 
 BINS = 10
@@ -56,6 +58,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
     if release is None:
         raise MillraceError(f"{pipeline} has no champion: type `millrace run {pipeline}`")
     spec = bento_spec(home, release)
+    _tidy(home, spec)
     log = _answers(home, pipeline, release)
     manifest = read_json(home.runs(pipeline) / release.run_id / "manifest.json")
     promised = {m: v["value"] for m, v in manifest["metrics"][CHALLENGER].items()}
@@ -63,7 +66,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
     known = label >= 0
     quality = metric_values(label[known].astype(np.float64), scores[known]) if known.any() else {}
     quality = {m: round(v, 6) for m, v in quality.items() if np.isfinite(v)}
-    drift = _drift(home.root / manifest["stage_paths"]["training_set"], log) if log.num_rows else {}
+    drift = _drift(spec, home.root / manifest["stage_paths"]["training_set"], log) if log.num_rows else {}
     drift |= _score_drift(home.root / manifest["stage_paths"]["evaluate"], log) if log.num_rows else {}
     skew, why = _skew(home, pipeline, release) if log.num_rows else (None, "nothing was answered yet")
     alarms = tuple(_alarms(spec, int(known.sum()), log.num_rows, quality, promised, drift, skew))
@@ -83,6 +86,15 @@ def monitor(home: Home, pipeline: str) -> Monitored:
         ("Skew", [("last day", skew.line), *((n, f"{c:,}") for n, c in skew.by_feature.items())] if skew else [(why, "")]),
     ])  # fmt: skip
     return found
+
+
+def _tidy(home: Home, spec: Spec) -> None:
+    """Makes one part of each hour of the log that is over, and removes what is too old; not while a run or an erasure goes on."""
+    root = home.predictions(spec.pipeline)
+    newest = newest_hour(root) or 0
+    now = newest if spec.clock and spec.clock.kind == "data" else max(newest, wall_us())
+    with suppress(Busy), run_lock(home, spec.pipeline):
+        tidy(root, now, spec.serve.log_keep)
 
 
 def _answers(home: Home, pipeline: str, release: Release) -> pa.Table:
@@ -118,11 +130,11 @@ def _outcomes(spec: Spec, home: Home, log: pa.Table) -> tuple[np.ndarray, np.nda
     return found[[place[str(key)] for key in keys]], log["score"].to_numpy()
 
 
-def _drift(training_set: Path, log: pa.Table) -> dict[str, float]:
+def _drift(spec: Spec, training_set: Path, log: pa.Table) -> dict[str, float]:
     """Population stability index of every feature: logged answers against the test part of the training set."""
     reference = pq.read_table(training_set / "frame.parquet")
     reference = reference.filter(pc.equal(reference["_part"], PARTS.index("test")))
-    names = [n for n in reference.column_names if not n.startswith("_") and FEATURE + n in log.column_names]
+    names = [n for n in reference.column_names if FEATURE + n in log.column_names and spec.serve.shown(n)]
     found = {}
     for name in names:
         kind = "string" if pa.types.is_string(reference[name].type) else "float64"

@@ -32,7 +32,7 @@ from starlette.routing import Route  # noqa: E402
 from deploy.contents import unlike  # noqa: E402
 from deploy.lean import READ_S, Door, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
-from deploy.predictions import Entry, PredictionLog, as_json  # noqa: E402
+from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
 from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
@@ -56,7 +56,8 @@ class Endpoint:
         self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder)
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         words = [*self.preprocess.categories, *self.preprocess.texts]
-        self.log = PredictionLog(log_root, list(self.preprocess.numbers), words, self.spec.serve.log_flush)
+        self.private = Private.of(self.spec, home / "services" / self.spec.pipeline / "log.key")
+        self.log = PredictionLog(log_root, self.preprocess.numbers, words, self.spec.serve.log_flush, self.private)
         self.door = Door(self.spec.serve.latency_budget / 1e6)
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
@@ -93,8 +94,8 @@ class Endpoint:
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
-            extra = {"request": as_json(given), "event_times": as_json(served.event_times(i)),
-                     "snapshot": None if down else served.looked.snapshot,
+            extra = {"request": as_json(self.private.given(given)), "event_times": as_json(served.event_times(i)),
+                     "snapshot": None if down or self.private.hides(given) else served.looked.snapshot,
                      "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
         self._log("predict", request_id, now, began, served.frame, entries)
@@ -230,8 +231,8 @@ class Endpoint:
                 "unseen": len(answer["unseen"]),
                 "stale": as_json(answer.get("stale", [])), "score": answer["probability"], "latency_us": took, **extra,
             }  # fmt: skip
-            logged.append(Entry(values["clock"], values, {n: _plain(v[i]) for n, v in frame.items()}))
-        self.log.put(logged)
+            logged.append(values)
+        self.log.put(Answered(logged[0]["clock"], logged, frame))
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ from pipelines.spec import Spec
 ROWS = 1_000
 STATES = 20  # of a store that events are pushed into: each is built anew to be compared
 SAMPLES = 5
+UNNAMED = "no snapshot named: the store was down, fields that were given are not logged, or an older log"
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
     if not (bento_folder(home, release) / "src/bundle/spec.json").is_file():
         raise MillraceError(f"the bento of {name} is not in the home: what its features mean is not known without it")
     spec = bento_spec(home, release)
-    features = {f.name: f.group for f in feature_list(spec)}
+    features = {f.name: f.group for f in feature_list(spec) if spec.serve.shown(f.name)}
     lacking = [f for f in features if FEATURE + f not in log.column_names]
     if lacking:
         raise MillraceError(
@@ -164,7 +165,7 @@ def _of_release(home: Home, pipeline: str, name: str, log: pa.Table, unchecked: 
         part = log.filter(pc.is_null(log["snapshot"]) if digest is None else pc.equal(log["snapshot"], digest))
         if digest is None or not (home.snapshots(pipeline) / f"{digest}.json").is_file():
             gone = f"snapshot {digest[:12]} is not in the home" if digest else ""
-            unchecked[gone or "no snapshot named: the store was down, or an older log"] += part.num_rows
+            unchecked[gone or UNNAMED] += part.num_rows
             continue
         snapshot = read_snapshot(home, pipeline, digest)
         for events, some in _by_pushed(spec, home, part, unchecked):

@@ -64,6 +64,7 @@ def _list(spec: Spec) -> tuple[Feature, ...]:
     if len(set(known)) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise UsageError(f"{spec.pipeline}: two features are named {twice!r}: rename one")
+    _check_log(spec, {feature.name: feature.kind for feature in found})
     if not spec.features.only:
         return tuple(found)
     for name in spec.features.only:
@@ -71,6 +72,21 @@ def _list(spec: Spec) -> tuple[Feature, ...]:
             raise UsageError(f"{spec.pipeline}: features.only {name!r} is not a feature{nearest(name, known)}")
     only = frozenset(spec.features.only)
     return tuple(feature for feature in found if feature.name in only)
+
+
+def _check_log(spec: Spec, kinds: Mapping[str, str]) -> None:
+    """Raises UsageError where the prediction log cannot do without a field, or hash it."""
+    given = {n: "category" if c.type == "string" else "number" for n, c in spec.row_source.columns.items()}
+    kinds = {**given, **kinds}
+    for option in ("log_drop", "log_hash"):
+        for name in getattr(spec.serve, option):
+            where = f"{spec.pipeline}: serve.{option} {name!r}"
+            if name in spec.row_key:
+                raise UsageError(f"{where} is part of the row key, by which labels find an answer: see serve.log_keep")
+            if name not in kinds:
+                raise UsageError(f"{where} is neither a feature nor a field of a request{nearest(name, list(kinds))}")
+            if option == "log_hash" and kinds[name] == "number":
+                raise UsageError(f"{where} is no text, and numbers are guessed from their hashes: drop it (serve.log_drop)")
 
 
 def own_columns(spec: Spec, table: pa.Table) -> Columns:

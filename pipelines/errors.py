@@ -8,6 +8,10 @@ class MillraceError(Exception):
     word = "error"  # how a line about it begins
 
 
+class Busy(MillraceError):
+    """Another process is at it."""
+
+
 class UsageError(MillraceError):
     """The command or the spec is wrong. Exit code 2; never retried."""
 

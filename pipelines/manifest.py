@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipelines.errors import MillraceError
+from pipelines.errors import Busy, MillraceError
 
 FORMAT_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """A file or folder is on the disk, whatever happens to the power. Raises OSError."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Atomic, readable JSON with `format_version`."""
     body = {"format_version": FORMAT_VERSION, **value}
@@ -120,7 +129,7 @@ def lock(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise MillraceError(
+            raise Busy(
                 f"{what} is already running (process {file.read().strip() or 'unknown'}); "
                 "wait until it ends, or stop it, and type the command again"
             ) from None

@@ -1,6 +1,14 @@
-"""The prediction log: its schema and reader. Parquet parts by hour of the clock and by worker."""
+"""The prediction log: its schema, its reader, and its tidying. Parquet parts by hour of the clock and by worker.
 
-from collections.abc import Sequence
+A part that was made of others names them (`REPLACES`): they do not count from the moment it is there, and are removed next.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +17,11 @@ import pyarrow.parquet as pq
 
 from pipelines.clock import MISSING, NEVER, US, iso, parse_time
 from pipelines.errors import MillraceError
+from pipelines.manifest import sync
 
-FORMAT = "1"
+FORMAT, REPLACES, WHOLE = "1", b"replaces", "whole-"  # WHOLE: how a part begins that was made of others
+GROUP = 50_000  # rows
+LISTED = 5  # attempts to read parts of which some are replaced meanwhile
 STAMP = pa.timestamp("us", "UTC")
 HOUR_US = 3_600 * US
 FEATURE = "feature."  # prefix of the columns that hold features as served
@@ -62,8 +73,15 @@ def read_log(root: Path, *, since: int = MISSING, until: int = NEVER) -> pa.Tabl
 
     Raises MillraceError naming the part that is broken, or was written in another format.
     """
-    parts = [BASE.empty_table()]
-    parts += [_read_part(path) for path in _parts(root) if since - HOUR_US < _hour(path) <= until]
+    for _ in range(LISTED):
+        try:
+            found = [_read_part(path) for path in _parts(root) if since - HOUR_US < _hour(path) <= until]
+            break
+        except FileNotFoundError:  # it was replaced since it was listed
+            continue
+    else:
+        raise MillraceError(f"the parts of the prediction log {root} are replaced again and again: try again later")
+    parts = [BASE.empty_table(), *found]
     try:
         log = pa.concat_tables(parts, promote_options="default")
     except pa.ArrowException as error:
@@ -76,8 +94,27 @@ def read_log(root: Path, *, since: int = MISSING, until: int = NEVER) -> pa.Tabl
 
 
 def _parts(root: Path) -> list[Path]:
-    """Complete parts: one that is being written has a name with a dot."""
-    return sorted(path for path in root.glob("hour=*/*.parquet") if not path.name.startswith("."))
+    """Complete parts that count: one that is being written has a name with a dot."""
+    found = sorted(path for path in root.glob("hour=*/*.parquet") if not path.name.startswith("."))
+    gone = {path.with_name(name) for path in found if path.name.startswith(WHOLE) for name in _replaced(path)}
+    return [path for path in found if path not in gone]
+
+
+def _replaced(whole: Path) -> list[str]:
+    """The parts that one was made of. Raises FileNotFoundError where it is gone itself."""
+    with _reading(whole):
+        return list(json.loads((pq.read_schema(whole).metadata or {}).get(REPLACES, b"[]")))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises MillraceError for a part that is broken, FileNotFoundError for one that is gone."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise MillraceError(f"part {path} of the prediction log is broken ({str(error)[:120]}): delete it") from None
 
 
 def _hour(part: Path) -> int:
@@ -86,10 +123,9 @@ def _hour(part: Path) -> int:
 
 
 def _read_part(path: Path) -> pa.Table:
-    try:
+    with _reading(path):
         part = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
-        raise MillraceError(f"part {path} of the prediction log is broken ({str(error)[:120]}): delete it") from None
+    part = part.replace_schema_metadata({k: v for k, v in (part.schema.metadata or {}).items() if k != REPLACES})
     found = (part.schema.metadata or {}).get(b"format_version", b"none").decode()
     if found != FORMAT or not {"clock", "release", "key"} <= set(part.column_names):
         raise MillraceError(
@@ -97,3 +133,65 @@ def _read_part(path: Path) -> pa.Table:
             "run `pip install -U millrace` if the log is newer, or move the part away"
         )
     return part
+
+
+@dataclass(frozen=True)
+class Tidied:
+    """Hours whose parts became one, parts that they were, and hours that were too old to keep."""
+
+    hours: int
+    parts: int
+    expired: int
+
+
+def tidy(root: Path, now: int, keep: int | None = None) -> Tidied:
+    """Makes one part of the parts of each hour of the clock that is over at `now` (µs), and removes hours that ended before
+    now − keep (µs). Each answer is read once by whoever reads meanwhile, and after a kill at any moment.
+
+    Raises MillraceError for a part that is broken.
+    """
+    hours = parts = expired = 0
+    for folder in sorted(root.glob("hour=*")):
+        end = _hour(folder / "part") + HOUR_US
+        if keep is not None and end <= now - keep:
+            shutil.rmtree(folder)
+            expired += 1
+        elif end <= now and (count := _whole(folder)) > 1:
+            hours, parts = hours + 1, parts + count
+    return Tidied(hours, parts, expired)
+
+
+def _whole(folder: Path) -> int:
+    """Makes one part of those in the folder of an hour; how many there were. Those whose features have other types stay."""
+    every = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    live = [path for path in _parts(folder.parent) if path.parent == folder]
+    names = json.dumps([path.name for path in every])
+    if len(live) > 1:
+        try:
+            plain = pa.unify_schemas([pq.read_schema(path).remove_metadata() for path in live])
+        except pa.ArrowException:
+            return 0
+        path = folder / f"{WHOLE}{hashlib.sha256(names.encode()).hexdigest()[:16]}.parquet"
+        scratch = path.with_name(f".{path.name}")
+        metadata = {b"format_version": FORMAT.encode(), REPLACES: names.encode()}
+        with pq.ParquetWriter(scratch, plain.with_metadata(metadata), compression="zstd") as writer:
+            for some in _some(live):
+                writer.write_table(pa.concat_tables([plain.empty_table(), *some], promote_options="default").cast(plain))
+        sync(scratch)
+        scratch.replace(path)
+        sync(folder)
+    for path in set(every) - set(live if len(live) < 2 else ()):
+        path.unlink(missing_ok=True)
+    return len(live)
+
+
+def _some(parts: Sequence[Path]) -> Iterator[list[pa.Table]]:
+    """The tables of parts, as many at a time as make a row group."""
+    held: list[pa.Table] = []
+    for path in parts:
+        held.append(_read_part(path).replace_schema_metadata(None))
+        if sum(table.num_rows for table in held) >= GROUP:
+            yield held
+            held = []
+    if held:
+        yield held

@@ -759,6 +759,15 @@ class Serve(Model):
     latency_budget: Duration = Field(50_000, description="p95 of one request in preflight", validate_default=True)
     size_budget_mb: float = Field(200, gt=0, description="largest bento, MB")
     log_flush: Duration = Field(1_000_000, description="age at which predictions are written", validate_default=True)
+    log_keep: Duration | None = Field(None, gt=0, description="age at which logged predictions are removed; default: never")
+    log_drop: tuple[str, ...] = Field((), description="features and fields of a request that are not logged")
+    log_hash: tuple[str, ...] = Field(
+        (), description="the same of which a keyed hash is logged: text; the key lies in the home"
+    )
+
+    def shown(self, name: str) -> bool:
+        """Whether a feature is in the prediction log as it was served."""
+        return name not in self.log_drop and name not in self.log_hash
 
 
 class Monitor(Model):

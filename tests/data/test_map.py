@@ -38,6 +38,7 @@ KINDS = (
     "training: a module path that does not import, a module that cannot be trained", "training: SIGTERM",
     "training: a port that is taken", "training: fewer rows than a batch, too few for a step",
     "more requests than can be answered; clients that do not send",
+    "prediction log: a full disk or queue, kills while it is tidied, what cannot be private",
     "a poisoned bento: a file changed, missing or added, other libraries",
     "text: a column that is none, a folder that is no encoder, an encoder that cannot be made",
     "training: a cap, budget or schedule of power that is wrong or cannot be kept",

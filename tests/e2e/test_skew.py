@@ -40,7 +40,7 @@ from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 HALF_HOUR = timedelta(minutes=30)
 STAND_IN = {"line": "L1", "day": "2024-05-06T00:00:00Z", "trip": 1, "stop": "b", "due": "2024-05-06T12:12:00Z",
             "length": 5, "low_floor": True, "seats": 40}  # fmt: skip
-UNNAMED = "no snapshot named: the store was down, or an older log"
+UNNAMED = "no snapshot named: the store was down, fields that were given are not logged, or an older log"
 NOBODY = {"line": "L9", "day": "2024-05-06T00:00:00Z", "trip": 2}
 
 
