@@ -2,13 +2,13 @@
 
 The flights of the demo: one row by its key, all feature views looked up. Requests leave at their time whether those before are
 answered or not, over connections that are kept; a latency counts from when a request should have left. Beside it, in turn, the
-same model on the same features from the same store by FastAPI, as most write it, and by a service of BentoML with all that it
-puts around a route. These two neither check nor log.
+same model on the same features from the same store by FastAPI, as most write it, by a service of BentoML with all that it
+puts around a route, by LitServe and by MLflow's scoring server. These neither check nor log.
 
 Figures: at `rps` requests a second for `seconds`: `p50_ms`, `p99_ms`, `shed_share` (told to come again); `cpu_ms` a request of
-each server, `cpu_ratio_vs_fastapi_ort` and `cpu_ratio_vs_bentoml` (medians of rounds in turn); `max_rps_under_50ms` (largest
-rate of those tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`; `equal` (the answers of all
-three, bit for bit); `not_installed`: peers that are not here.
+each server, `cpu_ratio_vs_fastapi_ort` and `cpu_ratio_vs` the others (medians of rounds in turn); `max_rps_under_50ms` (largest
+rate of those tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`; `equal` (the answers of
+all, bit for bit); `not_installed`: peers that are not here.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from pipelines.manifest import read_json
 from tests.command import environment, millrace
 from tests.e2e.test_load import request
 
-PEERS = ("fastapi", "bentoml")
+NEEDS = {"fastapi": "fastapi", "bentoml": "bentoml", "litserve": "litserve", "mlflow": "mlflow.pyfunc.scoring_server"}
 RATE = 200
 
 
@@ -115,18 +115,27 @@ def peer(home: Home, pipeline: str, kind: str, row: dict[str, Any]) -> Iterator[
     with (home.root / f"{kind}.log").open("wb") as log:
         process = subprocess.Popen([*command, str(port)], env=environment(home.root), stdout=log, stderr=log)
     try:
-        while not _answers(port, row):
+        while not _answers(port, kind, row):
             assert process.poll() is None, (home.root / f"{kind}.log").read_text()[-2_000:]
             time.sleep(0.05)
         yield port, process.pid, time.perf_counter() - began
     finally:
+        every = family(process.pid)
         process.terminate()
         process.wait(30)
+        for left in psutil.wait_procs(every, timeout=3)[1]:  # LitServe's workers outlive it
+            left.kill()
 
 
-def _answers(port: int, row: dict[str, Any]) -> bool:
+def asked(kind: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request to a server."""
+    return ("/invocations", {"dataframe_records": [row]}) if kind == "mlflow" else ("/predict", {"rows": [row]})
+
+
+def _answers(port: int, kind: str, row: dict[str, Any]) -> bool:
+    path, body = asked(kind, row)
     try:
-        return call(f"http://127.0.0.1:{port}/predict", {"rows": [row]}, timeout=5)[0] == 200
+        return call(f"http://127.0.0.1:{port}{path}", body, timeout=5)[0] == 200
     except OSError:
         return False
 
@@ -155,19 +164,22 @@ def main() -> None:
         paths = read_json(home.runs(pipeline) / done.answer["run_id"] / "manifest.json")["stage_paths"]
         row = read_json(home.root / paths["preflight"] / "preflight.json")["example"]
         sent = [request({"rows": [row]})]
+        peers = [kind for kind, package in NEEDS.items() if not _missing(package)]
         served: dict[str, Callable[[], Any]] = {"millrace": lambda: ours(home, pipeline)}
-        served |= {kind: (lambda kind=kind: peer(home, pipeline, kind, row)) for kind in PEERS}
+        served |= {kind: (lambda kind=kind: peer(home, pipeline, kind, row)) for kind in peers}
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in served}
         answers = {}
         for turn in range(rounds):
             for kind, opened in served.items():
                 with opened() as (port, pid, ready):
-                    load(port, sent, 50, 2)  # it is warm
+                    path, body = asked(kind, row)
+                    told_so = [request(body, path)]
+                    load(port, told_so, 50, 2)  # it is warm
                     before = cpu_s(pid)
-                    one = load(port, sent, RATE, seconds if kind == "millrace" and not turn else min(seconds, 15))
+                    one = load(port, told_so, RATE, seconds if kind == "millrace" and not turn else min(seconds, 15))
                     found[kind].append({**one, "cpu_ms": (cpu_s(pid) - before) / one["requests"] * 1e3, "ready_s": ready})
-                    _, answer = call(f"http://127.0.0.1:{port}/predict", {"rows": [row]})
-                    answers[kind] = answer["rows"][0]["probability"]
+                    _, answer = call(f"http://127.0.0.1:{port}{path}", body)
+                    answers[kind] = answer["predictions"][0] if kind == "mlflow" else answer["rows"][0]["probability"]
         with ours(home, pipeline) as (port, pid, _):
             best = fastest(port, sent, told.quick)
             load(port, sent, RATE, 2)
@@ -186,11 +198,12 @@ def main() -> None:
         "rps": RATE, "seconds": seconds, "p50_ms": round(first["p50_ms"], 2), "p99_ms": round(first["p99_ms"], 2),
         "shed_share": round(first["shed_share"], 4),
         "cpu_ms": {kind: round(statistics.median(r["cpu_ms"] for r in runs), 3) for kind, runs in found.items()},
-        "cpu_ratio_vs_fastapi_ort": ratio("fastapi"), "cpu_ratio_vs_bentoml": ratio("bentoml"),
+        "cpu_ratio_vs_fastapi_ort": ratio("fastapi"),
+        "cpu_ratio_vs": {kind: ratio(kind) for kind in peers if kind != "fastapi"},
         "p99_ms_of": {kind: round(statistics.median(r["p99_ms"] for r in runs), 2) for kind, runs in found.items()},
         "max_rps_under_50ms": best, "ready_s": round(statistics.median(r["ready_s"] for r in found["millrace"]), 2),
         "requests": many, "rss_growth_mb": round(grown, 1), "equal": len(set(answers.values())) == 1,
-        "not_installed": [name for name in ("litserve", "mlflow.models.cli") if _missing(name)],
+        "not_installed": [kind for kind in NEEDS if kind not in peers],
     }  # fmt: skip
     rows = [{"what": kind, **{n: round(v, 3) for n, v in run.items()}} for kind, runs in found.items() for run in runs]
     report("serving", figures, rows, told.json, "bentoml", "fastapi", "uvicorn", "onnxruntime", "lightgbm")

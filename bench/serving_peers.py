@@ -1,4 +1,4 @@
-"""The same answers by other frameworks, for `bench.serving`: `python -m bench.serving_peers fastapi|bentoml BUNDLE HOME PORT`.
+"""The same answers by other frameworks, for `bench.serving`: `python -m bench.serving_peers KIND BUNDLE HOME PORT`.
 
 Each loads the same bundle and reads the same served store by the same functions; what differs is what stands around them.
 """
@@ -53,6 +53,30 @@ def by_bentoml(bundle: Path, home: Path, port: int) -> None:
                               "--port", str(port)])  # fmt: skip
 
 
+def by_litserve(bundle: Path, home: Path, port: int) -> None:
+    """A process that answers, and one that speaks HTTP."""
+    from bench.serving_litserve import serve
+
+    serve(port)
+
+
+def by_mlflow(bundle: Path, home: Path, port: int) -> None:
+    """The scoring server behind `mlflow models serve`, one worker."""
+    import mlflow.pyfunc
+    from mlflow.pyfunc import scoring_server
+
+    os.environ |= {"BENCH_BUNDLE": str(bundle), "BENCH_HOME": str(home), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    folder = home / "mlflow-peer"
+    if not folder.exists():
+        code = str(Path(__file__).with_name("serving_mlflow.py"))
+        mlflow.pyfunc.save_model(folder, python_model=code, pip_requirements=[])
+    os.environ[scoring_server._SERVER_MODEL_PATH] = str(folder)
+    os.execv(sys.executable, [sys.executable, "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--host", "127.0.0.1",
+                              "--port", str(port), "--log-level", "warning", "--no-access-log"])  # fmt: skip
+
+
+PEERS = {"fastapi": by_fastapi, "bentoml": by_bentoml, "litserve": by_litserve, "mlflow": by_mlflow}
+
 if __name__ == "__main__":
     kind, bundle, home, port = sys.argv[1:]
-    {"fastapi": by_fastapi, "bentoml": by_bentoml}[kind](Path(bundle), Path(home), int(port))
+    PEERS[kind](Path(bundle), Path(home), int(port))

@@ -32,10 +32,10 @@ def test_a_door_lets_in_what_is_answered_within_the_budget() -> None:
     assert door.full() and door.shed == 1 and door.answered == 400
 
 
-def request(body: object) -> bytes:
+def request(body: object, path: str = "/predict") -> bytes:
     sent = json.dumps(body).encode()
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % len(sent) + sent
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % (path.encode(), len(sent)) + sent
 
 
 async def ask(port: int, sent: bytes, ready: asyncio.Event) -> tuple[int, str, float]:
