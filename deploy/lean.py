@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from deploy.meter import INSIDE, LIMIT, SHED, Meter
+
 log = logging.getLogger("millrace.service")
 AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware"}
 READ_S = 10.0  # within which a body must have come
@@ -30,33 +32,59 @@ def trim() -> None:
 
 
 class Door:
-    """Lets in as many requests as are answered within a budget (s): those who would wait longer are told to come again."""
+    """Lets in as many requests as are answered within a budget (s): those who would wait longer are told to come again.
 
-    def __init__(self, budget_s: float) -> None:
+    A worker answers one at a time, so its own queue is bounded by its own mean time; all workers together let in no more than
+    their cores answer, and where answers are slow `FEWEST` is of all of them. What they have let in stands in `meter`: two that
+    look in the same microsecond may let one more in.
+    """
+
+    def __init__(self, budget_s: float, meter: Meter | None = None) -> None:
         self.budget_s, self.mean_s = budget_s, 0.0
         self.inside = self.shed = self.answered = 0
+        self.meter = meter
 
     @property
     def limit(self) -> int:
-        """Requests at a time, by the mean time of one."""
+        """Requests at a time in this worker, by the mean time of one."""
         return max(FEWEST, int(self.budget_s / self.mean_s)) if self.mean_s else FEWEST
+
+    def of_all(self) -> int:
+        """Requests at a time in all workers."""
+        if self.meter is None:
+            return self.limit
+        workers = self.meter.workers()
+        return max(FEWEST, int(self.meter.total(LIMIT) * min(1.0, (os.cpu_count() or 1) / workers)))
+
+    def waiting(self) -> int:
+        """Requests that are let in and not answered, of all workers."""
+        return self.inside if self.meter is None else int(self.meter.total(INSIDE))
 
     def full(self) -> bool:
         """Whether one more would wait for too long; it is counted."""
-        if self.inside < self.limit:
+        if self.inside < self.limit and (self.meter is None or self.waiting() < self.of_all()):
             return False
         self.shed += 1
+        if self.meter is not None:
+            self.meter.row[SHED] += 1
         return True
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        self.inside += 1
+        self._move(1)
         try:
             yield
         finally:
-            self.inside -= 1
+            self._move(-1)
+
+    def _move(self, step: int) -> None:
+        self.inside += step
+        if self.meter is not None:
+            self.meter.row[INSIDE] = self.inside
 
     def took(self, seconds: float) -> None:
         """An answer took so long to compute."""
         self.answered += 1
         self.mean_s += (SHARE if self.mean_s else 1.0) * (seconds - self.mean_s)
+        if self.meter is not None:
+            self.meter.row[LIMIT] = self.budget_s / self.mean_s

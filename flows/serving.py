@@ -1,6 +1,7 @@
 """What runs on this machine: the endpoint of each pipeline, the Prefect server and its worker."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT
 from pipelines.spec import Spec
 
+RULES = ("access_log", "api_keys", "rate_limit")  # of `serve`: they hold from the next `millrace serve`, for any release
 SERVER, WORKER = "prefect-server", "prefect-worker"
 
 
@@ -37,13 +39,16 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     wanted = port if port is not None else spec.serve.port
     if wanted == 0:  # any
         wanted = now.port if now is not None and background else free_port()
+    rules = json.dumps({name: getattr(spec.serve, name) for name in RULES})
     if now is not None:
-        if background and now.release == release.release and now.port == wanted and now.offset_us == offset:
+        same = now.release == release.release and now.port == wanted and now.offset_us == offset and now.rules == rules
+        if background and same:
             if spec.timed and running(home, admin_name(spec.pipeline)) is None:
                 _start_admin(home, spec, release, offset)
             return now
         stop_all(home, spec.pipeline)
-    extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers)}
+    extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers),
+             "MILLRACE_RULES": rules}  # fmt: skip
     if spec.serve.store:
         feed_elsewhere(home, spec.pipeline, spec.serve.store)  # nothing where a run has done it
         extra["MILLRACE_ONLINE"] = str(_store(home, spec, release))

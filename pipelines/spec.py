@@ -759,6 +759,11 @@ class Serve(Model):
     latency_budget: Duration = Field(50_000, description="p95 of one request in preflight", validate_default=True)
     size_budget_mb: float = Field(200, gt=0, description="largest bento, MB")
     log_flush: Duration = Field(1_000_000, description="age at which predictions are written", validate_default=True)
+    access_log: Literal["off", "slow", "all"] = Field(
+        "slow", description="requests that are logged as JSON lines; slow: those beyond the latency budget, and failures"
+    )
+    api_keys: bool = Field(False, description="answer only who brings a key made by `millrace key`")
+    rate_limit: float = Field(0.0, ge=0, description="requests a second of one key or address, over all workers; 0: any")
 
 
 class Monitor(Model):
