@@ -9,7 +9,6 @@ from pipelines.spec import Spec
 
 Json = dict[str, Any]
 LARGEST = 2**63 - 1
-FLOATS = 9.2e18  # a bound that a float can be; the endpoint takes what lies below 2^63
 REFUSALS = {
     "400": "The body is no JSON.", "401": "No key that this endpoint knows.", "408": "The body did not come in time.",
     "409": "Rows whose outcome is known already; `rows` says which.", "413": f"The body has more than {MAX_BYTES:,} bytes.",
@@ -72,7 +71,7 @@ def _typed(field: Field) -> Json:
         "string": {"type": "string", "maxLength": longest_of("string"), "pattern": "^[^\\u001f]*$"},
         "text": {"type": "string", "maxLength": longest_of("text"), "pattern": "^[^\\u001f]*$"},
         "int64": {"type": "integer", "minimum": -LARGEST, "maximum": LARGEST},
-        "float64": {"type": "number", "minimum": -FLOATS, "maximum": FLOATS},
+        "float64": {"type": "number", "exclusiveMinimum": -(2.0**63), "exclusiveMaximum": 2.0**63},
         "bool": {"type": "boolean"},
         "timestamp": {"type": "string", "format": "date-time", "pattern": "^(?!000[01]|9999)"},
     }
@@ -84,8 +83,11 @@ def _asked(kind: str, example: Json | None) -> Json:
     rows = {"type": "array", "minItems": 1, "maxItems": MAX_ROWS, "items": {"$ref": f"#/components/schemas/{kind}"}}
     about = f"why: the features that count most, {SHOWN} or as many as it says; with at most {MAX_EXPLAINED} rows"
     explain = {**_EXPLAIN, "description": about}
-    found: Json = {"type": "object", "additionalProperties": False, "required": ["rows"],
-                   "properties": {"rows": rows, "explain": explain}}  # fmt: skip
+    found: Json = {
+        "type": "object", "additionalProperties": False, "required": ["rows"], "properties": {"rows": rows, "explain": explain},
+        "if": {"required": ["explain"], "properties": {"explain": {"not": {"const": False}}}},
+        "then": {"properties": {"rows": {"maxItems": MAX_EXPLAINED}}},
+    }  # fmt: skip
     return {**found, "examples": [{"rows": [example]}]} if example is not None else found
 
 

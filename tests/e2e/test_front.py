@@ -30,7 +30,6 @@ from deploy.meter import INSIDE, LIMIT, Meter, shared_file
 from deploy.process import Service, call, free_port, start, stop
 from features.cells import StoreDown
 from pipelines.errors import MillraceError, UsageError
-from pipelines.home import Home
 from pipelines.spec import Spec
 from tests.command import millrace
 from tests.e2e.buses import Buses
@@ -377,13 +376,13 @@ def test_two_workers_count_and_let_in_together(two_workers: tuple[Service, str])
 
 
 @pytest.mark.slow
-def test_the_key_verb(copied_home: Home) -> None:
-    made = millrace(copied_home.root, "key", "tumours", "ann", "--json")
-    assert made.code == 0 and Keys(keys_file(copied_home.root, "tumours"), "", wanted=True).who({"x-api-key": made.answer["key"]})
-    assert millrace(copied_home.root, "key", "tumours", "ann").code == 1
-    assert millrace(copied_home.root, "key", "tumours", "ann", "--revoke").code == 0
-    assert not read_keys(keys_file(copied_home.root, "tumours"))
-    assert millrace(copied_home.root, "key", "tumours", "a b").code == 2
+def test_the_key_verb(tmp_path: Path) -> None:
+    made = millrace(tmp_path, "key", "tumours", "ann", "--json")
+    assert made.code == 0 and Keys(keys_file(tmp_path, "tumours"), "", wanted=True).who({"x-api-key": made.answer["key"]})
+    assert millrace(tmp_path, "key", "tumours", "ann").code == 1
+    assert millrace(tmp_path, "key", "tumours", "ann", "--revoke").code == 0
+    assert not read_keys(keys_file(tmp_path, "tumours"))
+    assert millrace(tmp_path, "key", "tumours", "a b").code == 2
 
 
 @pytest.mark.slow
