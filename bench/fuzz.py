@@ -29,7 +29,7 @@ import psutil
 
 from bench.record import options, report
 from deploy.process import Service, call, free_port, start, stop
-from tests.e2e.buses import NOW, EVERY, make_buses, trip_at
+from tests.e2e.buses import EVERY, NOW, make_buses, trip_at
 
 ROUTES = ("/predict", "/predict_features")
 PAGES = ("/", "/docs", "/openapi.json", "/docs.json", "/info", "/metrics", "/livez", "/readyz", "/healthz", "/schema.json")

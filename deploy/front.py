@@ -24,6 +24,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.keys import REFUSED, Keys, keys_file
 from deploy.lean import READ_S, Door
@@ -104,6 +105,20 @@ class Front:
             line = {"time": iso(wall_us()), "request_id": visit.id, "trace_id": visit.trace or visit.id, "route": f"/{route}",
                     "status": status, "ms": round(took * 1e3, 3), "release": self.release}  # fmt: skip
             access.info("%s", json.dumps({**line, "key": visit.who} if visit.who else line))
+
+
+class Unheard:
+    """Lets an answer go whose client has cut the connection: uvloop makes an error of it, and uvicorn a trace in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except RuntimeError as error:
+            if "the handler is closed" not in str(error):
+                raise
 
 
 Answer = Callable[[bytes, Visit], dict[str, Any]]

@@ -86,7 +86,7 @@ def asked(body: bytes, fields: dict[str, Field], query: str = "") -> Asked:
     rows = whole["rows"]
     if not 1 <= len(rows) <= MAX_ROWS:
         raise BadRequest(422, f"{len(rows)} rows; send 1 to {MAX_ROWS:,}")
-    explain = _explain(whole.get("explain", False)) or (_queried(query) if query else 0)
+    explain = max(_explain(whole.get("explain", False)), _queried(query) if query else 0)
     if explain and len(rows) > MAX_EXPLAINED:
         raise BadRequest(422, f"{len(rows)} rows to be explained; send at most {MAX_EXPLAINED} with `explain`")
     return Asked([typed_row(f"rows[{i}]", row, fields) for i, row in enumerate(rows)], explain)

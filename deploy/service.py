@@ -23,12 +23,13 @@ import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
-from deploy.front import Front, Visit, answered, http_error, page, refusal  # noqa: E402
+from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
 from deploy.lean import Door, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
@@ -147,7 +148,8 @@ class Endpoint:
                                      "contributions": contributions, "others": others, "exact": shares.exact}  # fmt: skip
 
     def _value(self, frame: Columns, name: str, row: int) -> Any:
-        return _plain(frame[name][row]) if name in frame else None  # several texts are one name
+        value = _plain(frame[name][row]) if name in frame else None  # several texts are one name
+        return str(value) if value in (float("inf"), float("-inf")) else value  # which JSON lacks, and a user's function may give
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
@@ -394,7 +396,7 @@ def _app() -> Starlette:
             Route("/preflight/features", _route(Endpoint.features_at, "preflight"), methods=["POST"]),
             Route("/preflight/modules", modules),
         ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    return Starlette(routes=routes, middleware=[Middleware(Unheard)], exception_handlers={HTTPException: http_error})
 
 
 trim()

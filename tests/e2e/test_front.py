@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import re
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -70,6 +72,26 @@ def test_an_explanation_may_be_asked_for_in_the_address(buses_service: Service) 
     for query, said in {"explain=": "explain is true, false", "explain=0": "explain is true, false", "explain=-1": "explain is",
                         "explain=9999999999": "explain is", "explian=1": "'explian' is no parameter"}.items():  # fmt: skip
         assert said in asked(query)["error"]
+    assert "explain is" in call(f"{buses_service.url}/predict?explain=1001", {"rows": [SOON], "explain": 1})[1]["error"]
+
+
+def test_an_infinite_value_is_named(buses_service: Service) -> None:
+    """The user's own function divides by the minutes until the end, which here are none."""
+    row = {**NOBODY, "length": 9e18, "due": "2024-05-06T12:00:00Z", "end": "2024-05-06T12:00:00Z"}
+    answer = post(f"{buses_service.url}/predict", {"rows": [row], "explain": 17})
+    assert answer.status == 200
+    assert {c["feature"]: c["value"] for c in answer.json["rows"][0]["explanation"]["contributions"]}["pace"] == "inf"
+
+
+def test_a_client_that_cuts_the_connection_leaves_no_trace(buses_service: Service) -> None:
+    """Neither in the log, which its fixture looks at, nor in what is counted as in flight."""
+    body = json.dumps({"rows": [SOON]}).encode()
+    for wait in [0, 0.001, 0.002, 0.004] * 40:
+        with socket.create_connection(("127.0.0.1", buses_service.port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            time.sleep(wait)
+    assert numbers(buses_service.url)[("millrace_requests_in_flight", ())] == 0
 
 
 @pytest.mark.parametrize("explain", ["yes", 0, 1.5, None, -3, [], 10**9])
