@@ -37,6 +37,7 @@ from pipelines.spec import Spec
 log, access = logging.getLogger("millrace.service"), logging.getLogger("millrace.access")
 GONE = 499  # in log and metrics: the client did not wait for its answer
 PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})")
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -154,8 +155,7 @@ async def _answered(front: Front, request: Request, answer: Answer, visit: Visit
         start = time.perf_counter()
         found = answer(body, visit)
         door.took(time.perf_counter() - start)
-    said = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(said, 200, visit.headers, "application/json")
+    return Response(ENCODE(found), 200, visit.headers, "application/json")
 
 
 async def read(request: Request) -> bytes:

@@ -62,7 +62,7 @@ class Door:
 
     def full(self) -> bool:
         """Whether one more would wait for too long; it is counted."""
-        if self.inside < self.limit and (self.meter is None or self.waiting() < self.of_all()):
+        if self.inside < self.limit and (self.meter is None or (let_in := self.waiting()) < FEWEST or let_in < self.of_all()):
             return False
         self.shed += 1
         if self.meter is not None:

@@ -39,7 +39,7 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     wanted = port if port is not None else spec.serve.port
     if wanted == 0:  # any
         wanted = now.port if now is not None and background else free_port()
-    rules = json.dumps({name: getattr(spec.serve, name) for name in RULES})
+    rules = _rules(spec)
     if now is not None:
         same = now.release == release.release and now.port == wanted and now.offset_us == offset and now.rules == rules
         if background and same:
@@ -72,6 +72,10 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     return None
 
 
+def _rules(spec: Spec) -> str:
+    return json.dumps({name: getattr(spec.serve, name) for name in RULES})
+
+
 def _store(home: Home, spec: Spec, release: Release) -> Path | str:
     return served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
 
@@ -80,7 +84,7 @@ def _start_admin(home: Home, spec: Spec, release: Release, offset_us: int) -> No
     """The process that takes events into the store of the endpoint; it needs a second until it answers."""
     port = spec.serve.admin_port or free_port()
     _spawn(home, admin_name(spec.pipeline), ["deploy.admin", spec.pipeline, str(_store(home, spec, release)), str(port)], port,
-           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us)})  # fmt: skip
+           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us), "MILLRACE_RULES": _rules(spec)})  # fmt: skip
 
 
 def admin_name(pipeline: str) -> str:
