@@ -1,19 +1,21 @@
 """What stands around a request: less of BentoML than it would put there, and what it lacks. Runs in the serving process.
 
 BentoML traces every request, also where nobody listens, and cancels none that computes: both cost more than an answer. Without
-them a request has to be read in time, and no more are let in than are answered within the latency budget.
+them a request has to come in time, and no more are let in than are answered within the latency budget.
 """
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from deploy.meter import INSIDE, LIMIT, SHED, Meter
 
 log = logging.getLogger("millrace.service")
 AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware"}
-READ_S = 10.0  # within which a body must have come
+READ_S = 10.0  # within which the head of a request must have come, and then its body
+CONNECTIONS = 4_000  # of one worker
 FEWEST = 16  # requests that are let in at once, however slow they are
 SHARE = 0.1  # of the newest request in the mean time of one
 
@@ -29,6 +31,49 @@ def trim() -> None:
     unwanted = AROUND - ({"OpenTelemetryMiddleware"} if os.environ.get("MILLRACE_TRACING") else set())
     kept = property(lambda factory: [m for m in whole(factory) if getattr(m.cls, "__name__", "") not in unwanted])
     app.ServiceAppFactory.middlewares = kept
+
+
+def hurry() -> None:
+    """Closes connections whose head of a request has not come `READ_S` after they were made, or after it began: uvicorn waits for
+    it without end. More than `CONNECTIONS` at a time are closed at once."""
+    from uvicorn.protocols.http import h11_impl
+
+    protocols: list[Any] = [h11_impl.H11Protocol]
+    with suppress(ImportError):
+        from uvicorn.protocols.http import httptools_impl
+
+        protocols.append(httptools_impl.HttpToolsProtocol)
+    for protocol in protocols:
+        if not all(hasattr(protocol, name) for name in ("connection_made", "data_received", "timeout_keep_alive_handler")):
+            log.warning("this uvicorn is not known: a client that sends nothing is waited for without end")
+            continue
+        protocol.connection_made = _made(protocol.connection_made)
+        protocol.data_received = _received(protocol.data_received)
+
+
+def _made(whole: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def connection_made(self: Any, transport: Any) -> None:
+        whole(self, transport)
+        self.head_by = None
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+            return
+        self.timeout_keep_alive_task = self.loop.call_later(READ_S, self.timeout_keep_alive_handler)  # the first byte ends it
+
+    return connection_made
+
+
+def _received(whole: Callable[[Any, bytes], None]) -> Callable[[Any, bytes], None]:
+    def data_received(self: Any, data: bytes) -> None:
+        whole(self, data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.head_by = None
+        elif not self.transport.is_closing():  # the head goes on: it must be there in time, however often more of it comes
+            now = self.loop.time()
+            self.head_by = self.head_by or now + READ_S
+            self.timeout_keep_alive_task = self.loop.call_later(self.head_by - now, self.timeout_keep_alive_handler)
+
+    return data_received
 
 
 class Door:

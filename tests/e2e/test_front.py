@@ -1,5 +1,6 @@
 """What stands around an answer: why it is so, how to ask, keys, rate, metrics, trace and log; and the page for people."""
 
+import asyncio
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +33,13 @@ from deploy.lean import FEWEST, Door
 from deploy.meter import INSIDE, LIMIT, Meter, shared_file
 from deploy.process import Service, call, free_port, start, stop
 from features.cells import StoreDown
+from features.frame import feature_list
 from pipelines.errors import MillraceError, UsageError
 from pipelines.spec import Spec
 from tests.command import millrace
 from tests.e2e.buses import Buses
 from tests.e2e.test_endpoint import NOBODY, SOON, Answer, send
+from tests.e2e.test_load import ask, request
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -306,6 +310,8 @@ def test_a_rate_is_kept_by_key_or_address(buses: Buses, tmp_path: Path) -> None:
     assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
     assert refused.json() == {"error": refused.json()["error"]} and "more than 5 requests a second" in refused.json()["error"]
     assert front.meter.delay("another", 5, 5) == 0
+    one, two = (Meter(tmp_path / "shared", 2, [], []) for _ in range(2))
+    assert one.delay("ann", 1, 1) == 0 < two.delay("ann", 1, 1) <= 1  # of all workers together
     assert front.meter.delay("testclient", 5, 5) > 0
     time.sleep(0.21)
     assert asked.post("/predict").status_code == 200
@@ -369,7 +375,7 @@ def two_workers(buses: Buses) -> Iterator[tuple[Service, str]]:
     """Two workers that ask for a key and keep a rate, and the key."""
     key = make_key(keys_file(buses.home.root, "buses"), "ann")
     log = buses.home.root / "two.log"
-    extra = {"MILLRACE_WORKERS": "2", "MILLRACE_RULES": json.dumps({"api_keys": True, "access_log": "all", "rate_limit": 200})}
+    extra = {"MILLRACE_WORKERS": "2", "MILLRACE_RULES": json.dumps({"api_keys": True, "access_log": "all", "rate_limit": 5_000})}
     found = start(buses.home, buses.folder, port=free_port(), release=buses.bento.tag, log=log, extra=extra)
     yield found, key
     stop(found)
@@ -377,9 +383,14 @@ def two_workers(buses: Buses) -> Iterator[tuple[Service, str]]:
 
 
 @pytest.mark.slow
-def test_two_workers_count_and_let_in_together(two_workers: tuple[Service, str]) -> None:
+def test_two_workers_count_and_let_in_together(buses: Buses, two_workers: tuple[Service, str]) -> None:
     service, key = two_workers
+    names = [feature.name for feature in feature_list(buses.spec)]
     url = service.url
+    deadline = time.monotonic() + 60
+    while numbers(url, **{"X-API-Key": key})[("millrace_workers", ())] < 2:  # the endpoint is ready when its first worker is
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     for path in ("/info", "/metrics", "/openapi.json"):
         assert send(f"{url}{path}", None, method="GET").status == 401
         assert send(f"{url}{path}", None, method="GET", headers={"X-API-Key": key}).status == 200
@@ -395,6 +406,35 @@ def test_two_workers_count_and_let_in_together(two_workers: tuple[Service, str])
         assert found[("millrace_workers", ())] == 2
     lines = [json.loads(line) for line in Path(service.log).read_text().splitlines() if line.startswith('{"time"')]
     assert len(lines) == 61 and lines[-1]["key"] == "ann" and key not in Path(service.log).read_text()
+    most, statuses = 0, list[int]()
+
+    async def flooded() -> list[tuple[int, str, float]]:
+        ready = asyncio.Event()
+        sent = request({"rows": [SOON]}).replace(b"Host: x", b"Host: x\r\nX-API-Key: " + key.encode())
+        many = [asyncio.create_task(ask(service.port, sent, ready)) for _ in range(400)]
+        await asyncio.sleep(0.5)
+        ready.set()
+        return await asyncio.gather(*many)
+
+    shared = Meter(next((buses.home.services("buses")).glob(f"shared-{service.pid}-*")), 2, names, [*buses.spec.features.views])
+    watched = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not watched.is_set():
+            most = max(most, int(shared.total(INSIDE)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(5):
+        statuses += [status for status, _, _ in asyncio.run(flooded())]
+        if 429 in statuses:
+            break
+    limit = Door(0.05, shared).of_all()
+    watched.set()
+    watcher.join()
+    assert {*statuses} == {200, 429} and FEWEST <= most <= 3 * max(limit, FEWEST), (most, limit)
+    assert numbers(url, **{"X-API-Key": key})[("millrace_requests_in_flight", ())] == 0
 
 
 @pytest.mark.slow
