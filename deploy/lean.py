@@ -51,6 +51,17 @@ def hurry() -> None:
         protocol.data_received = _received(protocol.data_received)
 
 
+def eager() -> None:
+    """Lets uvicorn run on asyncio's own loop: libuv's takes one new connection between two rounds of answers, so that under a flood
+    the others wait in the socket for seconds, where `Door` does not see them."""
+    from uvicorn import config
+
+    if "auto" not in getattr(config, "LOOP_FACTORIES", {}):
+        log.warning("this uvicorn is not known: new connections may wait unseen")
+        return
+    config.LOOP_FACTORIES["auto"] = config.LOOP_FACTORIES["asyncio"]
+
+
 def _made(whole: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     def connection_made(self: Any, transport: Any) -> None:
         whole(self, transport)

@@ -30,7 +30,7 @@ from starlette.routing import Route  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
 from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
-from deploy.lean import Door, hurry, trim  # noqa: E402
+from deploy.lean import Door, eager, hurry, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
@@ -401,6 +401,7 @@ def _app() -> Starlette:
 
 trim()
 hurry()
+eager()
 
 
 @bentoml.asgi_app(_app(), path="/")

@@ -72,6 +72,19 @@ def test_a_flood_is_answered_or_told_to_come_again(buses_service: Service) -> No
     assert status == 200  # all are out again
 
 
+def test_new_connections_are_seen_at_once(buses_service: Service) -> None:
+    """Those that wait in the socket are counted too: libuv would take one of them for each answer, and shed none."""
+
+    async def rush(count: int) -> list[tuple[int, str, float]]:
+        (ready := asyncio.Event()).set()
+        return await asyncio.gather(*(ask(buses_service.port, request({"rows": [SOON]}), ready) for _ in range(count)))
+
+    statuses: set[int] = set()
+    for _ in range(5):
+        statuses |= {status for status, _, _ in asyncio.run(rush(400))}
+    assert statuses == {200, 429}
+
+
 @pytest.mark.slow
 def test_a_client_that_does_not_send_is_let_go_and_holds_up_nobody(buses_service: Service) -> None:
     async def slow() -> tuple[int, str, float]:
