@@ -37,7 +37,7 @@ SOURCES = (
     "deploy/page.html",
 )
 MADE = "2000-01-01T00:00:00+00:00"  # when BentoML says that it was made: the same contents are the same bytes
-LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
+LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "psutil", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def trim() -> None:
 
 
 def hurry() -> None:
-    """Closes connections whose head of a request has not come `READ_S` after they were made, or after it began: uvicorn waits for
-    it without end. More than `CONNECTIONS` at a time are closed at once."""
+    """Closes connections whose head of a request has not come `READ_S` after they were made, or after it began: uvicorn waits
+    for it without end. More than `CONNECTIONS` at a time are closed at once."""
     from uvicorn.protocols.http import h11_impl
 
     protocols: list[Any] = [h11_impl.H11Protocol]
@@ -52,7 +52,7 @@ def hurry() -> None:
 
 
 def eager() -> None:
-    """Lets uvicorn run on asyncio's own loop: libuv's takes one new connection between two rounds of answers, so that under a flood
+    """Lets uvicorn run on asyncio's own loop: libuv's takes one new connection between two rounds of answers, so that in a flood
     the others wait in the socket for seconds, where `Door` does not see them."""
     from uvicorn import config
 
