@@ -1,7 +1,8 @@
 """The admin port of an endpoint, on loopback only: it takes pushed events into the served store.
 
 `POST /push {"events": [{"id": …, "source": …, "row": {…}}]}` answers when they are served, or says why they are not; what
-arrives meanwhile is taken together. `python -m deploy.admin PIPELINE STORE PORT`.
+arrives meanwhile is taken together. Who listens here may write: a web page may not, and nobody without a key where the
+endpoint asks for one. `python -m deploy.admin PIPELINE STORE PORT`.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from deploy.keys import REFUSED, Keys, keys_file
 from deploy.requests import BadRequest, Field, field_type, listed, typed_row
 from deploy.rollout import bento_spec, champion
 from features.cells import Event, Meta
@@ -30,6 +32,7 @@ from pipelines.home import Home, open_home
 from pipelines.spec import Spec
 
 MAX_EVENTS = 10_000  # of one request, and of what is taken together
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Waiting = tuple[list[Event], "Future[Receipt]"]
 
 
@@ -112,7 +115,15 @@ class Intake:
 def app(intake: Intake) -> Starlette:
     """The HTTP side."""
 
+    rules = json.loads(os.environ.get("MILLRACE_RULES", "{}"))
+    wanted = rules.get("api_keys", intake.spec.serve.api_keys)
+    keys = Keys(keys_file(intake.home.root, intake.spec.pipeline), os.environ.get("MILLRACE_API_KEYS", ""), wanted=wanted)
+
     async def push(request: Request) -> Response:
+        if "origin" in request.headers or request.url.hostname not in LOOPBACK:  # a page of another site, in a browser here
+            return JSONResponse({"error": "events are not taken from web pages: send them from a program, to 127.0.0.1"}, 403)
+        if keys.wanted and keys.who(request.headers) is None:
+            return JSONResponse({"error": REFUSED}, 401)
         try:
             receipt = await asyncio.wrap_future(intake.put(await request.body()))
         except BadRequest as error:

@@ -31,12 +31,13 @@ SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
     "features/views.py",
-    *(f"models/{n}.py" for n in ("__init__", "calibrate", "score", "words")),
-    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "imports", "lean", "loaded", "predictions")),
-    *(f"deploy/{n}.py" for n in ("requests", "service", "tables")),
+    *(f"models/{n}.py" for n in ("__init__", "calibrate", "explain", "score", "words")),
+    *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "front", "imports", "keys", "lean", "loaded")),
+    *(f"deploy/{n}.py" for n in ("meter", "openapi", "predictions", "requests", "service", "tables", "warm")),
+    "deploy/page.html",
 )
 MADE = "2000-01-01T00:00:00+00:00"  # when BentoML says that it was made: the same contents are the same bytes
-LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
+LIBRARIES = ("bentoml", "lightgbm", "numpy", "onnxruntime", "psutil", "pyarrow", "pydantic", "pyyaml", "starlette", "tzdata")
 
 
 @dataclass(frozen=True)

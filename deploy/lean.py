@@ -1,17 +1,21 @@
 """What stands around a request: less of BentoML than it would put there, and what it lacks. Runs in the serving process.
 
 BentoML traces every request, also where nobody listens, and cancels none that computes: both cost more than an answer. Without
-them a request has to be read in time, and no more are let in than are answered within the latency budget.
+them a request has to come in time, and no more are let in than are answered within the latency budget.
 """
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from deploy.meter import INSIDE, LIMIT, SHED, Meter
 
 log = logging.getLogger("millrace.service")
 AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware"}
-READ_S = 10.0  # within which a body must have come
+READ_S = 10.0  # within which the head of a request must have come, and then its body
+CONNECTIONS = 4_000  # of one worker
 FEWEST = 16  # requests that are let in at once, however slow they are
 SHARE = 0.1  # of the newest request in the mean time of one
 
@@ -29,34 +33,114 @@ def trim() -> None:
     app.ServiceAppFactory.middlewares = kept
 
 
-class Door:
-    """Lets in as many requests as are answered within a budget (s): those who would wait longer are told to come again."""
+def hurry() -> None:
+    """Closes connections whose head of a request has not come `READ_S` after they were made, or after it began: uvicorn waits
+    for it without end. More than `CONNECTIONS` at a time are closed at once."""
+    from uvicorn.protocols.http import h11_impl
 
-    def __init__(self, budget_s: float) -> None:
+    protocols: list[Any] = [h11_impl.H11Protocol]
+    with suppress(ImportError):
+        from uvicorn.protocols.http import httptools_impl
+
+        protocols.append(httptools_impl.HttpToolsProtocol)
+    for protocol in protocols:
+        if not all(hasattr(protocol, name) for name in ("connection_made", "data_received", "timeout_keep_alive_handler")):
+            log.warning("this uvicorn is not known: a client that sends nothing is waited for without end")
+            continue
+        protocol.connection_made = _made(protocol.connection_made)
+        protocol.data_received = _received(protocol.data_received)
+
+
+def eager() -> None:
+    """Lets uvicorn run on asyncio's own loop: libuv's takes one new connection between two rounds of answers, so that in a flood
+    the others wait in the socket for seconds, where `Door` does not see them."""
+    from uvicorn import config
+
+    if "auto" not in getattr(config, "LOOP_FACTORIES", {}):
+        log.warning("this uvicorn is not known: new connections may wait unseen")
+        return
+    config.LOOP_FACTORIES["auto"] = config.LOOP_FACTORIES["asyncio"]
+
+
+def _made(whole: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def connection_made(self: Any, transport: Any) -> None:
+        whole(self, transport)
+        self.head_by = None
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+            return
+        self.timeout_keep_alive_task = self.loop.call_later(READ_S, self.timeout_keep_alive_handler)  # the first byte ends it
+
+    return connection_made
+
+
+def _received(whole: Callable[[Any, bytes], None]) -> Callable[[Any, bytes], None]:
+    def data_received(self: Any, data: bytes) -> None:
+        whole(self, data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.head_by = None
+        elif not self.transport.is_closing():  # the head goes on: it must be there in time, however often more of it comes
+            now = self.loop.time()
+            self.head_by = self.head_by or now + READ_S
+            self.timeout_keep_alive_task = self.loop.call_later(self.head_by - now, self.timeout_keep_alive_handler)
+
+    return data_received
+
+
+class Door:
+    """Lets in as many requests as are answered within a budget (s): those who would wait longer are told to come again.
+
+    A worker answers one at a time, so its own queue is bounded by its own mean time; all workers together let in no more than
+    their cores answer, and where answers are slow `FEWEST` is of all of them. What they have let in stands in `meter`: two that
+    look in the same microsecond may let one more in.
+    """
+
+    def __init__(self, budget_s: float, meter: Meter | None = None) -> None:
         self.budget_s, self.mean_s = budget_s, 0.0
         self.inside = self.shed = self.answered = 0
+        self.meter = meter
 
     @property
     def limit(self) -> int:
-        """Requests at a time, by the mean time of one."""
+        """Requests at a time in this worker, by the mean time of one."""
         return max(FEWEST, int(self.budget_s / self.mean_s)) if self.mean_s else FEWEST
+
+    def of_all(self) -> int:
+        """Requests at a time in all workers."""
+        if self.meter is None:
+            return self.limit
+        workers = self.meter.workers()
+        return max(FEWEST, int(self.meter.total(LIMIT) * min(1.0, (os.cpu_count() or 1) / workers)))
+
+    def waiting(self) -> int:
+        """Requests that are let in and not answered, of all workers."""
+        return self.inside if self.meter is None else int(self.meter.total(INSIDE))
 
     def full(self) -> bool:
         """Whether one more would wait for too long; it is counted."""
-        if self.inside < self.limit:
+        if self.inside < self.limit and (self.meter is None or (let_in := self.waiting()) < FEWEST or let_in < self.of_all()):
             return False
         self.shed += 1
+        if self.meter is not None:
+            self.meter.row[SHED] += 1
         return True
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        self.inside += 1
+        self._move(1)
         try:
             yield
         finally:
-            self.inside -= 1
+            self._move(-1)
+
+    def _move(self, step: int) -> None:
+        self.inside += step
+        if self.meter is not None:
+            self.meter.row[INSIDE] = self.inside
 
     def took(self, seconds: float) -> None:
         """An answer took so long to compute."""
         self.answered += 1
         self.mean_s += (SHARE if self.mean_s else 1.0) * (seconds - self.mean_s)
+        if self.meter is not None:
+            self.meter.row[LIMIT] = self.budget_s / self.mean_s

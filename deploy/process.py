@@ -20,6 +20,8 @@ from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import read_json, write_json
 
+NOT_READY_S = 15.0  # how long an endpoint may say that it is not ready
+
 
 @dataclass(frozen=True)
 class Service:
@@ -31,6 +33,7 @@ class Service:
     release: str
     log: str
     offset_us: int = 0  # added to the data clock
+    rules: str = ""  # of `serve`, by which it lets requests in
 
     @property
     def url(self) -> str:
@@ -80,18 +83,21 @@ def start(
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=src, env=env, stdout=out, stderr=out, start_new_session=True)
     service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release, str(log),
-                      int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")))  # fmt: skip
-    deadline = time.monotonic() + wait_s
+                      int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")), extra.get("MILLRACE_RULES", ""))  # fmt: skip
+    deadline, said = time.monotonic() + wait_s, ""
     while time.monotonic() < deadline:
         if process.poll() is not None or "Application startup failed" in last_words(log, since=before):
             break  # BentoML would start its worker again and again
         try:
             with urllib.request.urlopen(f"{service.url}/readyz", timeout=2):
                 return service
-        except (urllib.error.URLError, OSError):
+        except urllib.error.HTTPError as error:  # it says why not: perhaps it is only starting
+            deadline, said = min(deadline, time.monotonic() + NOT_READY_S if not said else deadline), error.read().decode()
+            time.sleep(0.1)
+        except OSError:
             time.sleep(0.1)
     stop(service)
-    raise MillraceError(f"the endpoint of {release} did not become ready: {reason(log, since=before)} (log: {log})")
+    raise MillraceError(f"the endpoint of {release} did not become ready: {said or reason(log, since=before)} (log: {log})")
 
 
 def last_words(log: Path, lines: int = 6, *, since: int = 0) -> str:

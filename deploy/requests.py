@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import parse_qs
 
 from features.frame import Feature
 from pipelines.clock import parse_time
@@ -14,6 +15,7 @@ from pipelines.spec import Spec
 MAX_ROWS = 1_000
 MAX_NAME, MAX_TEXT = 1_000, 100_000  # characters of a string, and of what is read as tokens
 MAX_BYTES = 4_000_000
+MAX_EXPLAINED, SHOWN = 20, 10  # rows of a request that wants to be explained, and features that are named unless it says how many
 _NOT_TEXT = re.compile("[\x1f\ud800-\udfff]")  # the separator of keys, and halves of characters that are no text
 
 
@@ -64,23 +66,75 @@ def longest_of(kind: str) -> int:
 
 def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:
     """The rows of a request, timestamps as int µs. Raises BadRequest."""
-    rows = listed(body, "rows")
+    return asked(body, fields).rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks: its rows, and how many features of each answer are to be explained (0: none)."""
+
+    rows: list[dict[str, Any]]
+    explain: int = 0
+
+
+def asked(body: bytes, fields: dict[str, Field], query: str = "") -> Asked:
+    """A request in its types, timestamps as int µs. `query`: what follows the `?`, where `explain` may stand too.
+
+    Raises BadRequest.
+    """
+    whole = _object(body, "rows", ("explain",))
+    rows = whole["rows"]
     if not 1 <= len(rows) <= MAX_ROWS:
         raise BadRequest(422, f"{len(rows)} rows; send 1 to {MAX_ROWS:,}")
-    return [typed_row(f"rows[{i}]", row, fields) for i, row in enumerate(rows)]
+    explain = max(_explain(whole.get("explain", False)), _queried(query) if query else 0)
+    if explain and len(rows) > MAX_EXPLAINED:
+        raise BadRequest(422, f"{len(rows)} rows to be explained; send at most {MAX_EXPLAINED} with `explain`")
+    return Asked([typed_row(f"rows[{i}]", row, fields) for i, row in enumerate(rows)], explain)
+
+
+def _explain(value: object) -> int:
+    if isinstance(value, bool):
+        return SHOWN if value else 0
+    if isinstance(value, int) and 1 <= value <= MAX_ROWS:
+        return value
+    raise BadRequest(422, f"explain is true, false, or how many features are to be named, 1 to {MAX_ROWS:,}")
+
+
+def _queried(query: str) -> int:
+    fields = parse_qs(query, keep_blank_values=True)
+    for name in fields:
+        if name != "explain":
+            raise BadRequest(422, f"{name[:60]!r} is no parameter (known: explain)")
+    text = fields.get("explain", ["false"])[-1]
+    return _explain({"true": True, "false": False}.get(text, int(text) if re.fullmatch("[0-9]{1,8}", text) else None))
 
 
 def listed(body: bytes, name: str) -> list[Any]:
     """The list that is the one field of a JSON body. Raises BadRequest."""
+    found: list[Any] = _object(body, name, ())[name]
+    return found
+
+
+def _object(body: bytes, name: str, optional: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON object with one field that is a list, and perhaps others. Raises BadRequest."""
     if len(body) > MAX_BYTES:
         raise BadRequest(413, f"the body has {len(body):,} bytes; at most {MAX_BYTES:,} are taken: send fewer rows")
     try:
-        value = json.loads(body, parse_constant=_constant)
+        value = json.loads(body, parse_constant=_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise BadRequest(400, f"the body is not JSON ({str(error)[:80]}); send {{\"{name}\": [{{…}}]}}") from None
-    if not isinstance(value, dict) or set(value) != {name} or not isinstance(value[name], list):
-        raise BadRequest(422, f'send an object with one field, {{"{name}": [{{…}}, …]}}')
-    found: list[Any] = value[name]
+    if not isinstance(value, dict) or {*value} - {*optional} != {name} or not isinstance(value[name], list):
+        more = f"; {' and '.join(optional)} may stand beside it" if optional else ""
+        raise BadRequest(422, f'send an object with one field, {{"{name}": [{{…}}, …]}}{more}')
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, no field of which stands in it twice: of two values it is not said which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in {n for n, _ in pairs[:i]})
+        raise BadRequest(422, f"{name[:60]!r} stands twice in one object; send it once")
     return found
 
 

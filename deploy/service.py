@@ -1,7 +1,7 @@
 """The endpoint: a BentoML service around one raw ASGI application.
 
 `/predict` takes row keys and computes the features at the clock's now from the served store; `/predict_features`
-takes raw features. One code path after the look-up. `/info` says what answers.
+takes raw features. One code path after the look-up. `/info` says what answers, `/openapi.json` how to ask; `/` is for people.
 """
 
 from pathlib import Path
@@ -11,37 +11,45 @@ import deploy.imports
 SRC = Path(__file__).resolve().parents[1]
 deploy.imports.install(SRC)
 
-import asyncio  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
-import uuid  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from typing import Any  # noqa: E402
 
 import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
-from deploy.lean import READ_S, Door, trim  # noqa: E402
+from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
+from deploy.lean import Door, eager, hurry, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
+from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
+from deploy.openapi import document  # noqa: E402
 from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
-from deploy.requests import MAX_BYTES, BadRequest, feature_fields, key_fields, parse  # noqa: E402
+from deploy.requests import BadRequest, asked, feature_fields, key_fields  # noqa: E402
+from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
+from features.preprocess import Batch  # noqa: E402
+from models.explain import Explained, Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
+from pipelines.home import Home  # noqa: E402
 
 log = logging.getLogger("millrace.service")
+EXAMPLE_S = 60.0  # how long a row is shown as the example, until another is looked for
 
 
 class Endpoint:
@@ -58,7 +66,12 @@ class Endpoint:
         words = [*self.preprocess.categories, *self.preprocess.texts]
         self.private = Private.of(self.spec, home / "services" / self.spec.pipeline / "log.key")
         self.log = PredictionLog(log_root, self.preprocess.numbers, words, self.spec.serve.log_flush, self.private)
-        self.door = Door(self.spec.serve.latency_budget / 1e6)
+        self.explainer = Explainer(self.model, self.preprocess)
+        workers = int(os.environ.get("MILLRACE_WORKERS", "1"))
+        shared = shared_file(Home(home).services(self.spec.pipeline))
+        self.meter = Meter(shared, workers, [f.name for f in self.features], [*self.spec.features.views])
+        self.door = Door(self.spec.serve.latency_budget / 1e6, self.meter)
+        self.front = Front(self.spec, home, self.meter, self.door, self.release)
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
     def now_us(self) -> int:
@@ -69,19 +82,22 @@ class Endpoint:
         anchor = self._anchor() if clock.kind == "data" else None
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
-    def predict(self, body: bytes) -> dict[str, Any]:
+    def predict(self, body: bytes, visit: Visit | None = None) -> dict[str, Any]:
         """Answers for rows named by their keys."""
-        began, rows = time.monotonic_ns(), parse(body, self.key_fields)
+        visit = visit or Visit.new()
+        took, began, at = self.meter.took, time.monotonic_ns(), time.perf_counter()
+        request = asked(body, self.key_fields, visit.query)
+        rows = request.rows
+        took("parse", -at + (at := time.perf_counter()))
         served, down = self._served(rows)
         now = served.now
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        batch = self.preprocess.transform(served.frame)
-        scores, unseen = self.model.predict(batch), self.preprocess.unseen(served.frame, batch)
+        took("features", -at + (at := time.perf_counter()))
+        _, scores, unseen, shares = self._scored(served.frame, request.explain, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        request_id = uuid.uuid4().hex
         for i, row in enumerate(rows):
             answer = {
                 "key": self._key(row),
@@ -98,8 +114,44 @@ class Endpoint:
                      "snapshot": None if down or self.private.hides(given) else served.looked.snapshot,
                      "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
-        self._log("predict", request_id, now, began, served.frame, entries)
-        return {**self._head(request_id, now), **({"store_down": down} if down else {}), "rows": answers}
+        self._log("predict", visit.id, now, began, served.frame, entries)
+        self._count(answers)
+        self._explain(answers, shares, request.explain, served.frame)
+        return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}
+
+    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[Batch, np.ndarray, list[list[str]], Explained | None]:
+        """Model inputs, probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
+        batch = self.preprocess.transform(frame)
+        self.meter.took("preprocess", -at + (at := time.perf_counter()))
+        scores = self.model.predict(batch)
+        self.meter.took("model", time.perf_counter() - at)
+        shares = self.explainer.explain(batch) if explain else None
+        return batch, scores, self.preprocess.unseen(frame, batch), shares
+
+    def _count(self, answers: list[dict[str, Any]]) -> None:
+        meter = self.meter
+        meter.scored(answer["probability"] for answer in answers)
+        for answer in answers:
+            meter.flagged(answer["missing"], answer["unseen"], answer.get("stale", ()))
+        meter.row[UNKNOWN] += sum(answer.get("unknown_entity", False) for answer in answers)
+        meter.row[OUTSIDE] += sum(answer.get("outside_horizon", False) for answer in answers)
+        meter.row[DROPPED] = self.log.dropped
+
+    def _explain(self, answers: list[dict[str, Any]], shares: Explained | None, count: int, frame: Columns) -> None:
+        """Puts into each answer why it is so; the prediction log does without."""
+        if shares is None:
+            return
+        self.meter.row[EXPLAINED] += len(answers)
+        for i, answer in enumerate(answers):
+            named, others = shares.top(i, count)
+            base = float(shares.base[i])
+            contributions = [{"feature": name, "value": self._value(frame, name, i), "log_odds": share} for name, share in named]
+            answer["explanation"] = {"log_odds": base + sum(share for _, share in named) + others, "base": base,
+                                     "contributions": contributions, "others": others, "exact": shares.exact}  # fmt: skip
+
+    def _value(self, frame: Columns, name: str, row: int) -> Any:
+        value = _plain(frame[name][row]) if name in frame else None  # several texts are one name
+        return str(value) if value in (float("inf"), float("-inf")) else value  # which JSON lacks, and a user's function may give
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
@@ -115,31 +167,35 @@ class Endpoint:
         except StoreDown:
             return self.store.without_cells().anchor()
 
-    def predict_features(self, body: bytes) -> dict[str, Any]:
+    def predict_features(self, body: bytes, visit: Visit | None = None) -> dict[str, Any]:
         """Answers for rows given as features; one that is left out is missing."""
-        began, rows = time.monotonic_ns(), parse(body, self.feature_fields)
+        visit = visit or Visit.new()
+        began, at = time.monotonic_ns(), time.perf_counter()
+        request = asked(body, self.feature_fields, visit.query)
+        self.meter.took("parse", -at + (at := time.perf_counter()))
         frame: Columns = {}
         for feature in self.features:
-            values = [row.get(feature.name) for row in rows]
+            values = [row.get(feature.name) for row in request.rows]
             if feature.kind == "number":
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        batch = self.preprocess.transform(frame)
-        scores, unseen = self.model.predict(batch), self.preprocess.unseen(frame, batch)
-        now, request_id = self.now_us(), uuid.uuid4().hex
+        _, scores, unseen, shares = self._scored(frame, request.explain, at)
+        now = self.now_us()
         answers = [
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]],
              "unseen": unseen[i]}
             for i, s in enumerate(scores)
         ]  # fmt: skip
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
-        self._log("predict_features", request_id, now, began, frame, entries)
-        return {**self._head(request_id, now), "rows": answers}
+        self._log("predict_features", visit.id, now, began, frame, entries)
+        self._count(answers)
+        self._explain(answers, shares, request.explain, frame)
+        return {**self._head(visit.id, now), "rows": answers}
 
-    def features_at(self, body: bytes) -> dict[str, Any]:
+    def features_at(self, body: bytes, visit: Visit) -> dict[str, Any]:
         """The features that `/predict` would use, without an answer (preflight only)."""
-        rows = parse(body, self.key_fields)
+        rows = asked(body, self.key_fields).rows
         served, _ = self._served(rows)
         now = served.now
         scores = self.model.predict(self.preprocess.transform(served.frame))
@@ -155,7 +211,8 @@ class Endpoint:
         meta = self.store.last
         return {
             "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,
-            "model": self.model.chosen, "features": len(self.features), "defs_digest": self.defs,
+            "model": self.model.chosen, "threshold": self.spec.serve.threshold,
+            "features": len(self.features), "defs_digest": self.defs,
             "fed": {"snapshot": meta["snapshot"], "until": iso(int(meta["data_us"]))},
             "clock": iso(self.now_us()) if self.spec.timed else None, "freshness_s": self.freshness(),
             "predictions_dropped": self.log.dropped,
@@ -168,22 +225,37 @@ class Endpoint:
         return {name: (now - newest[view.shape.source]) / 1e6 for name, view in views if view.shape.source in newest}
 
     def metrics(self) -> str:
-        """Numbers for Prometheus."""
+        """Numbers for Prometheus, over all workers."""
         self._anchor()
-        lines = ["# HELP millrace_view_freshness_seconds Age of the newest fact that a view knows.",
-                 "# TYPE millrace_view_freshness_seconds gauge"]  # fmt: skip
+        self.meter.row[DROPPED] = self.log.dropped
+        lines = [*self.meter.text(self.release, self.door.of_all()),
+                 *head("millrace_view_freshness_seconds", "gauge", "Age of the newest fact that a view knows.")]  # fmt: skip
         lines += [f'millrace_view_freshness_seconds{{view="{view}"}} {age}' for view, age in self.freshness().items()]
-        lines += ["# HELP millrace_pushed_events Pushed events that the served store has taken.",
-                  "# TYPE millrace_pushed_events counter", f"millrace_pushed_events {self.store.last.get(PUSHED, 0)}",
-                  "# HELP millrace_predictions_dropped Answers that could not be logged.",
-                  "# TYPE millrace_predictions_dropped counter", f"millrace_predictions_dropped {self.log.dropped}",
-                  "# HELP millrace_requests_answered Requests that this worker has answered.",
-                  "# TYPE millrace_requests_answered counter", f"millrace_requests_answered {self.door.answered}",
-                  "# HELP millrace_requests_shed Requests that this worker has sent away, since they would have waited too long.",
-                  "# TYPE millrace_requests_shed counter", f"millrace_requests_shed {self.door.shed}",
-                  "# HELP millrace_request_seconds Mean time of an answer, newer ones counting more.",
-                  "# TYPE millrace_request_seconds gauge", f"millrace_request_seconds {self.door.mean_s:.6f}"]  # fmt: skip
+        lines += [*head("millrace_pushed_events", "counter", "Pushed events that the served store has taken."),
+                  f"millrace_pushed_events {self.store.last.get(PUSHED, 0)}"]  # fmt: skip
         return "\n".join(lines) + "\n"
+
+    def warm(self) -> None:
+        """Answers one row by every part, without a trace in log and metrics. Raises what a request would."""
+        self.example = example(self.store, self.key_fields, self.now_us())
+        row = self.example or stand_in(self.key_fields, self.now_us())
+        served = serve_features(self.store, [row], self.now_us)
+        batch = self.preprocess.transform(served.frame)
+        score = float(self.model.predict(batch)[0])
+        if not 0 <= score <= 1:
+            raise MillraceError(f"the model answers {score} to a row of the served store: it cannot serve")
+        self.values = {name: _plain(value[0]) for name, value in served.frame.items()}
+        self.warmed = time.monotonic()
+
+    def openapi(self) -> dict[str, Any]:
+        """How to ask, with a row that the served store has now."""
+        if time.monotonic() - self.warmed > EXAMPLE_S:
+            with suppress(StoreDown):
+                self.warm()
+        shown = {n: _shown(v, self.key_fields[n].type) for n, v in self.example.items()} if self.example else None
+        fields = {"predict": self.key_fields, "predict_features": self.feature_fields}
+        return document(self.spec, self.release, fields, self.features, row=shown, values=self.values if shown else None,
+                        keys=self.front.keys.wanted)  # fmt: skip
 
     def _head(self, request_id: str, now: int) -> dict[str, Any]:
         return {"request_id": request_id, "release": self.release, "now": iso(now) if self.spec.timed else None}
@@ -249,88 +321,91 @@ def _shown(value: Any, kind: str) -> Any:
     return bool(value) if kind == "bool" else int(value) if kind == "int64" else value
 
 
-_endpoint: dict[str, Endpoint] = {}
+class _Worker:
+    """The endpoint of this process, or why there is none yet."""
 
+    endpoint: Endpoint | None = None
+    why, tried = "it is starting", 0.0
 
-def _route(answer: Callable[[Endpoint, bytes], dict[str, Any]]) -> Callable[[Request], Any]:
-    async def handle(request: Request) -> Response:
-        endpoint = _endpoint["it"]
-        door = endpoint.door
+    def get(self) -> Endpoint:
+        """Raises MillraceError while the endpoint cannot be had; it is tried again, once a second."""
+        if self.endpoint is None and time.monotonic() - self.tried > 1:
+            self.make()
+        if self.endpoint is None:
+            raise MillraceError(f"not ready: {self.why}")
+        return self.endpoint
+
+    def make(self) -> None:
+        """Raises MillraceError for what will not pass by itself; a store that does not answer does."""
+        self.tried = time.monotonic()
         try:
-            body = await _body(request)
-            if door.full():
-                said = f"{door.inside} requests are waiting, which is all that are answered in time; come again in a second"
-                return _refusal(429, said, headers={"Retry-After": "1"})
-            with door.entered():
-                await asyncio.sleep(0)  # all who have come are counted before the first is answered
-                began = time.perf_counter()
-                found = answer(endpoint, body)
-                door.took(time.perf_counter() - began)
-            return JSONResponse(found)
-        except BadRequest as error:
-            return _refusal(error.status, error.message, **error.details)
-        except MillraceError as error:  # such as a served store that another version has fed
-            return _refusal(503, str(error))
+            endpoint = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
+            endpoint.warm()
+            self.endpoint = endpoint
+            gc.collect()
+            gc.freeze()  # what is here to stay: to look through it costs a tenth of a second, now and then
+        except StoreDown as down:
+            self.why = str(down)
+            log.warning("not ready: %s", down)
+
+
+_worker = _Worker()
+
+
+def _route(answer: Callable[[Endpoint, bytes, Visit], dict[str, Any]], name: str) -> Callable[[Request], Any]:
+    async def handle(request: Request) -> Response:
+        try:
+            endpoint = _worker.get()
+        except MillraceError as error:
+            return refusal(BadRequest(503, str(error)), {})
+        return await answered(endpoint.front, request, lambda body, visit: answer(endpoint, body, visit), name)
 
     return handle
 
 
-async def _body(request: Request) -> bytes:
-    """Raises BadRequest for one that is too large, or does not come."""
-    length = int(request.headers.get("content-length") or 0)
-    if length > MAX_BYTES:
-        raise BadRequest(413, f"the body has {length:,} bytes; at most {MAX_BYTES:,} are taken")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(READ_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise BadRequest(413, f"the body is larger than {MAX_BYTES:,} bytes: send fewer rows")
-    except TimeoutError:
-        raise BadRequest(408, f"{len(body):,} bytes of the body came within {READ_S:g} s; send it at once") from None
-    return bytes(body)
+def _told(tell: Callable[[Endpoint], Response]) -> Callable[[Request], Any]:
+    """A route that says something of the endpoint, to those who may ask it."""
 
+    async def handle(request: Request) -> Response:
+        try:
+            endpoint = _worker.get()
+            endpoint.front.admit(request, Visit.of(request))
+            return tell(endpoint)
+        except BadRequest as error:
+            return refusal(error, {})
+        except MillraceError as error:
+            return refusal(BadRequest(503, str(error)), {})
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """A wrong method, as a sentence too."""
-    assert isinstance(error, HTTPException)
-    allowed = {name.lower(): value for name, value in (error.headers or {}).items()}.get("allow", "")
-    wanted = " or ".join(sorted(set(allowed.split(", ")) - {"HEAD"}))
-    message = f"{request.method} is not answered here; send {wanted} {request.url.path}"
-    return _refusal(error.status_code, message, headers=error.headers)
-
-
-def _refusal(status: int, message: str, *, headers: Mapping[str, str] | None = None, **details: Any) -> Response:
-    """JSON in ASCII: a message may quote what is not valid text."""
-    return Response(json.dumps({"error": message, **details}), status, headers, "application/json")
+    return handle
 
 
 def _app() -> Starlette:
-    async def info(request: Request) -> JSONResponse:
-        return JSONResponse(_endpoint["it"].info())
-
-    async def metrics(request: Request) -> Response:
-        return Response(_endpoint["it"].metrics(), media_type="text/plain; version=0.0.4")
+    async def shown(request: Request) -> Response:
+        return page()
 
     async def modules(request: Request) -> JSONResponse:
         return JSONResponse(deploy.imports.proof(SRC))
 
+    openapi = _told(lambda endpoint: JSONResponse(endpoint.openapi()))
     routes = [
-        Route("/predict", _route(Endpoint.predict), methods=["POST"]),
-        Route("/predict_features", _route(Endpoint.predict_features), methods=["POST"]),
-        Route("/info", info),
-        Route("/metrics", metrics),
+        Route("/predict", _route(Endpoint.predict, "predict"), methods=["POST"]),
+        Route("/predict_features", _route(Endpoint.predict_features, "predict_features"), methods=["POST"]),
+        Route("/info", _told(lambda endpoint: JSONResponse(endpoint.info()))),
+        Route("/metrics", _told(lambda endpoint: Response(endpoint.metrics(), media_type="text/plain; version=0.0.4"))),
+        *(Route(path, openapi) for path in ("/openapi.json", "/docs.json")),
+        *(Route(path, shown) for path in ("/", "/docs")),
     ]
     if os.environ.get("MILLRACE_PREFLIGHT"):
         routes += [
-            Route("/preflight/features", _route(Endpoint.features_at), methods=["POST"]),
+            Route("/preflight/features", _route(Endpoint.features_at, "preflight"), methods=["POST"]),
             Route("/preflight/modules", modules),
         ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    return Starlette(routes=routes, middleware=[Middleware(Unheard)], exception_handlers={HTTPException: http_error})
 
 
 trim()
+hurry()
+eager()
 
 
 @bentoml.asgi_app(_app(), path="/")
@@ -342,10 +417,17 @@ class Millrace:
     def __init__(self) -> None:
         if wrong := unlike(SRC):
             raise MillraceError(wrong)
-        _endpoint["it"] = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
-        gc.collect()
-        gc.freeze()  # what is here to stay: to look through it costs a tenth of a second, now and then
+        _worker.make()
+
+    async def __is_ready__(self) -> bool:
+        """What BentoML's /readyz asks."""
+        try:
+            _worker.get()
+        except MillraceError as error:
+            raise HTTPException(503, str(error)) from None
+        return True
 
     @bentoml.on_shutdown
     def stop(self) -> None:
-        _endpoint["it"].log.close()
+        if _worker.endpoint is not None:
+            _worker.endpoint.log.close()

@@ -392,6 +392,24 @@ def rollback(pipeline: str, to: str | None, why: str) -> Answer:
 
 @_verb
 @_pipeline
+@click.argument("name")
+@click.option("--revoke", is_flag=True, help="Refuse the key of that name from now on.")
+def key(pipeline: str, name: str, revoke: bool) -> Answer:
+    """Makes an API key of the endpoint and shows it once; only its hash is kept."""
+    from deploy.keys import keys_file, make_key, revoke_key
+
+    home, spec = open_home(), load_spec(pipeline)
+    path = keys_file(home.root, spec.pipeline)
+    if revoke:
+        revoke_key(path, name)
+        return {"text": f"the key {name} of {spec.pipeline} is refused from now on", "name": name, "revoked": True}
+    made = make_key(path, name)
+    note = "" if spec.serve.api_keys else "\nno key is asked for yet: set serve.api_keys to true"
+    return {"text": f"{made}\nthis is the only time that it is shown{note}", "name": name, "key": made}
+
+
+@_verb
+@_pipeline
 @click.option("--run", "run_id", help="Run whose data is wanted; its manifest is in this home.")
 @click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Manifest of a run of another home.")
 @click.option("--remote", default="", help="DVC remote; default: the one that the run was pushed to.")

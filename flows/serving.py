@@ -1,6 +1,7 @@
 """What runs on this machine: the endpoint of each pipeline, the Prefect server and its worker."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT
 from pipelines.spec import Spec
 
+RULES = ("access_log", "api_keys", "rate_limit")  # of `serve`: they hold from the next `millrace serve`, for any release
 SERVER, WORKER = "prefect-server", "prefect-worker"
 
 
@@ -37,13 +39,16 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     wanted = port if port is not None else spec.serve.port
     if wanted == 0:  # any
         wanted = now.port if now is not None and background else free_port()
+    rules = _rules(spec)
     if now is not None:
-        if background and now.release == release.release and now.port == wanted and now.offset_us == offset:
+        same = now.release == release.release and now.port == wanted and now.offset_us == offset and now.rules == rules
+        if background and same:
             if spec.timed and running(home, admin_name(spec.pipeline)) is None:
                 _start_admin(home, spec, release, offset)
             return now
         stop_all(home, spec.pipeline)
-    extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers)}
+    extra = {"MILLRACE_CLOCK_OFFSET_US": str(offset), "MILLRACE_WORKERS": str(spec.serve.workers),
+             "MILLRACE_RULES": rules}  # fmt: skip
     if spec.serve.store:
         feed_elsewhere(home, spec.pipeline, spec.serve.store)  # nothing where a run has done it
         extra["MILLRACE_ONLINE"] = str(_store(home, spec, release))
@@ -67,6 +72,10 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     return None
 
 
+def _rules(spec: Spec) -> str:
+    return json.dumps({name: getattr(spec.serve, name) for name in RULES})
+
+
 def _store(home: Home, spec: Spec, release: Release) -> Path | str:
     return served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
 
@@ -75,7 +84,7 @@ def _start_admin(home: Home, spec: Spec, release: Release, offset_us: int) -> No
     """The process that takes events into the store of the endpoint; it needs a second until it answers."""
     port = spec.serve.admin_port or free_port()
     _spawn(home, admin_name(spec.pipeline), ["deploy.admin", spec.pipeline, str(_store(home, spec, release)), str(port)], port,
-           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us)})  # fmt: skip
+           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us), "MILLRACE_RULES": _rules(spec)})  # fmt: skip
 
 
 def admin_name(pipeline: str) -> str:

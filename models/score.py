@@ -72,6 +72,12 @@ class TreeScorer:
             return np.empty(0)
         return np.asarray(self._booster.predict(batch.trees, raw_score=True, num_threads=1), np.float64)
 
+    def contributions(self, batch: "Batch") -> np.ndarray:
+        """What each column of `Batch.trees` adds to the logit, then what is there without any: float64 (B, columns + 1)."""
+        found = self._booster.predict(batch.trees, pred_contrib=True, num_threads=1)
+        dense: np.ndarray = np.asarray(found.toarray() if hasattr(found, "toarray") else found, np.float64)
+        return dense
+
 
 KINDS: dict[str, Callable[[Path], Scorer]] = {"network": NetworkScorer, "gbdt": TreeScorer, "words": Words.load}
 
@@ -114,6 +120,12 @@ class Model:
     def files(self) -> tuple[str, ...]:
         """What must ship for `predict`: file names inside the folder."""
         return ("model.json", *(self.members[name].file for name in self.candidates[self.chosen]))
+
+    def parts(self) -> Iterator[tuple[float, float, Scorer]]:
+        """The chosen candidate: its log-odds are the sum over these of slope · logit + offset."""
+        for name, weight in self.candidates[self.chosen].items():
+            line = self.members[name].calibration
+            yield weight * line.a, weight * line.b, self._scorer(name)
 
     def predict(self, batch: "Batch") -> np.ndarray:
         """Calibrated probability of the chosen candidate, float64 (B)."""

@@ -32,6 +32,12 @@ class Words:
         found: np.ndarray = _columns(batch, self.idf) @ self.weight + self.bias
         return found
 
+    def contributions(self, batch: "Batch") -> tuple[np.ndarray, np.ndarray]:
+        """What the tokens (B) and each scaled column (B, F + M) add to `bias`; float64."""
+        columns = len(self.weight) - batch.scaled.shape[1]
+        tokens: np.ndarray = _columns(batch, self.idf)[:, :columns] @ self.weight[:columns]
+        return tokens, batch.scaled.astype(np.float64) * self.weight[columns:]
+
     def save(self, path: Path) -> None:
         write_json(path, {"idf": self.idf.tolist(), "weight": self.weight.tolist(), "bias": self.bias})
 

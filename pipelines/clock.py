@@ -59,8 +59,7 @@ def parse_time(text: str | int) -> int:
 def iso(us: int) -> str:
     """ISO 8601 text in UTC, with as many decimals as it needs."""
     moment = _EPOCH + timedelta(microseconds=us)
-    text = moment.strftime("%Y-%m-%dT%H:%M:%S")
-    return text + (f".{moment.microsecond:06d}Z" if moment.microsecond else "Z")
+    return moment.replace(tzinfo=None).isoformat() + "Z"  # strftime gives years before 1000 fewer digits
 
 
 @dataclass(frozen=True)

@@ -768,6 +768,11 @@ class Serve(Model):
     def shown(self, name: str) -> bool:
         """Whether a feature is in the prediction log as it was served."""
         return name not in self.log_drop and name not in self.log_hash
+    access_log: Literal["off", "slow", "all"] = Field(
+        "slow", description="requests that are logged as JSON lines; slow: those beyond the latency budget, and failures"
+    )
+    api_keys: bool = Field(False, description="answer only who brings a key made by `millrace key`")
+    rate_limit: float = Field(0.0, ge=0, description="requests a second of one key or address, over all workers; 0: any")
 
 
 class Monitor(Model):

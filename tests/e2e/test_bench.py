@@ -204,3 +204,14 @@ def test_bento(tmp_path: Path) -> None:
     figures = run("bento", tmp_path)["figures"]
     assert figures["digest_equal"] and figures["verify_refused"] == figures["poisons"] > 5
     assert 0 < figures["size_mb"] < 5 and figures["packages"] > 30 and figures["start_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_fuzz(tmp_path: Path) -> None:
+    body = run("fuzz", tmp_path)
+    figures = body["figures"]
+    assert figures["requests"] > 2_000 and figures["by_schemathesis"] > 100
+    assert figures["server_errors"] == figures["leaks"] == figures["no_answer"] == figures["exceptions_logged"] == 0, body["rows"]
+    assert figures["schema_findings"] == 0 and figures["alive"], body["rows"]
+    assert figures["slow_clients"] == {"408": 20}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_a_flood_is_answered_or_told_to_come_again(buses_service: Service) -> No
     assert status == 200  # all are out again
 
 
+def test_new_connections_are_seen_at_once(buses_service: Service) -> None:
+    """Those that wait in the socket are counted too: libuv would take one of them for each answer, and shed none."""
+
+    async def rush(count: int) -> list[tuple[int, str, float]]:
+        (ready := asyncio.Event()).set()
+        return await asyncio.gather(*(ask(buses_service.port, request({"rows": [SOON]}), ready) for _ in range(count)))
+
+    statuses: set[int] = set()
+    for _ in range(5):
+        statuses |= {status for status, _, _ in asyncio.run(rush(400))}
+    assert statuses == {200, 429}
+
+
 @pytest.mark.slow
 def test_a_client_that_does_not_send_is_let_go_and_holds_up_nobody(buses_service: Service) -> None:
     async def slow() -> tuple[int, str, float]:
@@ -89,6 +103,31 @@ def test_a_client_that_does_not_send_is_let_go_and_holds_up_nobody(buses_service
     late, took = asyncio.run(both())
     assert {status for status, _, _ in late} == {408} and max(seconds for _, _, seconds in late) < 20
     assert sorted(took)[10] < 1
+
+
+@pytest.mark.slow
+def test_a_client_whose_request_does_not_begin_or_drips_is_let_go(buses_service: Service) -> None:
+    async def silent(sent: bytes, drip: bytes) -> float:
+        reader, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
+        began = time.perf_counter()
+        writer.write(sent)
+        while not reader.at_eof():
+            with suppress(TimeoutError, ConnectionError):
+                await asyncio.wait_for(reader.read(100_000), 0.5)
+            with suppress(ConnectionError):
+                writer.write(drip)
+        writer.close()
+        return time.perf_counter() - began
+
+    async def all_of() -> list[float]:
+        whole = request({"rows": [SOON]})  # a connection that was used before is no better
+        begun = b"POST / HTTP/1.1\r\nX: "
+        return await asyncio.gather(silent(b"", b""), silent(b"POST /pre", b""), silent(begun, b"y"), silent(whole + begun, b"y"))
+
+    took = asyncio.run(all_of())
+    assert all(8 < seconds < 15 for seconds in took[:3]) and 8 < took[3] < 17, took
+    status, _ = call(f"{buses_service.url}/predict", {"rows": [SOON]})
+    assert status == 200
 
 
 @pytest.mark.parametrize(("tracing", "expected"), [("", set()), ("1", {"OpenTelemetryMiddleware"})])

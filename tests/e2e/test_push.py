@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from deploy.admin import Intake, app
+from deploy.keys import keys_file, make_key
 from deploy.predictions import as_json
 from deploy.process import call, running
 from deploy.rollout import Release, feed_all, promote, served_stores, take_in
@@ -166,3 +169,17 @@ def test_what_a_running_endpoint_has_not_written_yet_is_erased_too(shared: Live,
     assert shared.ask(12)[0]["unknown_entity"]
     assert shared.push(departure(5, 2))[1]["taken"] == 1
     assert shared.ask(12)[0]["unknown_entity"]
+
+
+def test_neither_a_web_page_nor_one_without_a_key_may_push(buses: Buses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of any site can send to a port of this machine; a browser says from where, and by which name it was found."""
+    home = Home(tmp_path)
+    key = make_key(keys_file(home.root, "buses"), "ann")
+    monkeypatch.setenv("MILLRACE_RULES", '{"api_keys": true}')
+    asked = TestClient(app(Intake(home, buses.spec, str(tmp_path / "store"), 0)), "http://127.0.0.1:1")
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+        refused = asked.post("/push", json={"events": []}, headers={**headers, "X-API-Key": key})
+        assert refused.status_code == 403 and "not taken from web pages" in refused.json()["error"]
+    assert asked.post("/push", json={"events": []}).status_code == 401
+    assert asked.post("/push", json={"events": []}, headers={"X-API-Key": "mr_guess"}).status_code == 401
+    assert asked.post("/push", json={"events": []}, headers={"X-API-Key": key}).json()["error"].startswith("0 events; send 1 to")

@@ -1,13 +1,22 @@
 """An endpoint whose rows lie in Redis: it answers by them, without them while Redis is down, and by them again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
-from deploy.process import call
+from deploy.process import call, free_port, start, stop
 from features.cells import open_cells
+from features.feed import feed
+from pipelines.clock import Anchor
+from pipelines.errors import MillraceError
 from pipelines.home import Home
 from tests.command import QUICK, millrace
+from tests.e2e.buses import Buses
+from tests.e2e.test_endpoint import SOON
 from tests.servers import redis_server
 
 
@@ -48,3 +57,33 @@ def test_a_run_feeds_the_server_that_the_spec_names(copied_home: Home) -> None:
         assert len(cells.keys("rows")) == 569 and cells.meta()["data_us"] == "0"
         scored = millrace(copied_home.root, "run", "tumours", "--json", sets=sets)
         assert scored.answer["outcome"] == "unchanged"
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_an_endpoint_whose_store_is_down_is_not_ready_and_says_why(buses: Buses, tmp_path: Path) -> None:
+    """It lives, refuses what it cannot answer, and is ready by itself when the store is there."""
+    with redis_server() as server:
+        store = f"{server.url}#buses/{buses.features.defs_digest[:16]}"
+        anchor = Anchor(buses.snapshot.watermark_us, 0)
+        assert feed(buses.spec, buses.home.root / buses.features.path, store, anchor, buses.snapshot.digest)
+        server.kill()
+        extra = {"MILLRACE_ONLINE": store, "MILLRACE_PREDICTIONS": str(tmp_path / "log")}
+        with pytest.raises(MillraceError, match=f"not ready: the served store at redis://127.0.0.1:{server.port}/0 does not"):
+            start(buses.home, buses.folder, port=free_port(), release="x", log=tmp_path / "one.log", extra=extra, wait_s=12)
+        port = free_port()
+        with ThreadPoolExecutor() as pool:
+            coming = pool.submit(start, buses.home, buses.folder, port=port, release="x", log=tmp_path / "two.log", extra=extra)
+            url, said = f"http://127.0.0.1:{port}", ""
+            while "not ready" not in said:
+                with suppress(OSError):
+                    status, answer = call(f"{url}/readyz")
+                    said = answer["error"]
+            assert status == 503 and "does not answer" in said and not coming.done()
+            assert call(f"{url}/predict", {"rows": [SOON]})[0] == 503 and urlopen(f"{url}/livez").status == 200
+            server.start()
+            service = coming.result()
+        try:
+            assert call(f"{url}/predict", {"rows": [SOON]})[0] == 200
+        finally:
+            stop(service)
