@@ -33,7 +33,7 @@ SOURCES = (
     "features/views.py",
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "explain", "score", "words")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "front", "imports", "keys", "lean", "loaded")),
-    *(f"deploy/{n}.py" for n in ("meter", "openapi", "predictions", "requests", "service", "tables", "warm")),
+    *(f"deploy/{n}.py" for n in ("meter", "openapi", "predictions", "requests", "service", "tables", "together", "warm")),
     "deploy/page.html",
 )
 MADE = "2000-01-01T00:00:00+00:00"  # when BentoML says that it was made: the same contents are the same bytes

@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Visit:
     who: str = ""
     trace: str = ""
     flags: str = ""
+    seconds: float = 0.0  # of the worker's time that it has taken
 
     @classmethod
     def new(cls) -> "Visit":
@@ -122,7 +123,7 @@ class Unheard:
                 raise
 
 
-Answer = Callable[[bytes, Visit], dict[str, Any]]
+Answer = Callable[[bytes, Visit], dict[str, Any] | Awaitable[dict[str, Any]]]
 
 
 async def answered(front: Front, request: Request, answer: Answer, route: str) -> Response:
@@ -154,7 +155,11 @@ async def _answered(front: Front, request: Request, answer: Answer, visit: Visit
         await asyncio.sleep(0)  # all who have come are counted before the first is answered
         start = time.perf_counter()
         found = answer(body, visit)
-        door.took(time.perf_counter() - start)
+        if isinstance(found, Awaitable):
+            found = await found  # with others: what it took of the worker's time it knows itself
+        else:
+            visit.seconds = time.perf_counter() - start
+        door.took(visit.seconds)
     return Response(ENCODE(found), 200, visit.headers, "application/json")
 
 

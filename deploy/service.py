@@ -36,7 +36,8 @@ from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
 from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
-from deploy.requests import BadRequest, asked, feature_fields, key_fields  # noqa: E402
+from deploy.requests import Asked, BadRequest, asked, feature_fields, key_fields  # noqa: E402
+from deploy.together import Together  # noqa: E402
 from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
@@ -71,6 +72,7 @@ class Endpoint:
         shared = shared_file(Home(home).services(self.spec.pipeline))
         self.meter = Meter(shared, workers, [f.name for f in self.features], [*self.spec.features.views])
         self.door = Door(self.spec.serve.latency_budget / 1e6, self.meter)
+        self.together = Together(self._served)
         self.front = Front(self.spec, home, self.meter, self.door, self.release)
         self.offset_us = int(os.environ.get("MILLRACE_CLOCK_OFFSET_US", "0"))
 
@@ -82,18 +84,24 @@ class Endpoint:
         anchor = self._anchor() if clock.kind == "data" else None
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
-    def predict(self, body: bytes, visit: Visit | None = None) -> dict[str, Any]:
+    async def predict(self, body: bytes, visit: Visit) -> dict[str, Any]:
         """Answers for rows named by their keys."""
-        visit = visit or Visit.new()
         took, began, at = self.meter.took, time.monotonic_ns(), time.perf_counter()
         request = asked(body, self.key_fields, visit.query)
         rows = request.rows
-        took("parse", -at + (at := time.perf_counter()))
-        served, down = self._served(rows)
-        now = served.now
+        took("parse", parsing := time.perf_counter() - at)
+        served, down, looking = await self.together.served(rows)
+        took("features", looking)
+        at = time.perf_counter()
+        try:
+            return self._predicted(request, served, down, visit, began)
+        finally:
+            visit.seconds = parsing + looking + time.perf_counter() - at
+
+    def _predicted(self, request: Asked, served: Served, down: str, visit: Visit, began: int) -> dict[str, Any]:
+        rows, now, at = request.rows, served.now, time.perf_counter()
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        took("features", -at + (at := time.perf_counter()))
         _, scores, unseen, shares = self._scored(served.frame, request.explain, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
@@ -352,7 +360,7 @@ class _Worker:
 _worker = _Worker()
 
 
-def _route(answer: Callable[[Endpoint, bytes, Visit], dict[str, Any]], name: str) -> Callable[[Request], Any]:
+def _route(answer: Callable[[Endpoint, bytes, Visit], Any], name: str) -> Callable[[Request], Any]:
     async def handle(request: Request) -> Response:
         try:
             endpoint = _worker.get()

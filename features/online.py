@@ -5,7 +5,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -380,6 +380,13 @@ class Served:
     now: int
     frame: Columns
     looked: Looked
+
+    def part(self, rows: slice) -> "Served":
+        """The same of some of the rows, without what they were derived from."""
+        looked = self.looked
+        own, events = ({n: v[rows] for n, v in some.items()} for some in (looked.own, looked.events))
+        some = replace(looked, own=own, raw={}, unknown=looked.unknown[rows], closed_at=looked.closed_at[rows], events=events)
+        return Served(self.now, {n: v[rows] for n, v in self.frame.items()}, some)
 
     def missing(self, row: int) -> list[str]:
         """Features without a value."""
