@@ -95,7 +95,9 @@ class OnnxTrees(TreeScorer):
         self._type = np.float64 if "double" in self._session.get_inputs()[0].type else np.float32
 
     def _answer(self, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._session.run(None, {"x": rows.astype(self._type, copy=False)})[0][:, 0]
+        with np.errstate(over="ignore"):
+            inputs = {"x": rows.astype(self._type, copy=False)}
+        found: np.ndarray = self._session.run(None, inputs)[0][:, 0]
         return found
 
 

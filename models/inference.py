@@ -77,7 +77,7 @@ def hardware() -> dict[str, Any]:
     names = sorted({p for e in ENGINES for p in e.packages} | {p for some in WITH.values() for p in some}
                    | {"lightgbm", "numpy", "onnxruntime"})  # fmt: skip
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "target": digest_of(target())[:16],
-            "versions": {n: v for n in names if (v := _version(n))}}  # fmt: skip
+            "versions": {n: v for n in names if (v := version_of(n))}}  # fmt: skip
 
 
 def cpu_name() -> str:
@@ -87,7 +87,8 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version; empty where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -96,7 +97,7 @@ def _version(package: str) -> str:
 
 def not_installed(engine: Engine) -> list[str]:
     """Packages that making and serving by an engine needs and that are not here."""
-    return [p for p in (*engine.packages, *WITH.get(engine.name, ())) if not _version(p)]
+    return [p for p in (*engine.packages, *WITH.get(engine.name, ())) if not version_of(p)]
 
 
 def check_engines(names: Sequence[str]) -> None:
