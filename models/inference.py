@@ -292,15 +292,13 @@ def _median_us(scorer: Scorer, parts: Sequence[Batch]) -> float:
 
 
 def pick(lines: Sequence[Line], named: Sequence[str] = ("auto",)) -> str:
-    """The engine that answers: the first that is named, else the default; by `auto` a later one where it is clearly faster at
-    one row, and no slower at 256.
+    """The engine that answers: the first of those named that passed, else the default; by `auto` a later one where it is clearly
+    faster at one row than what is before it, and no slower at 256.
     """
     best = lines[0]
+    if "auto" not in named:
+        return next((name for name in named if name in {line.engine for line in lines}), best.engine)
     for line in lines[1:]:
-        if "auto" not in named:
-            if line.engine in named and best.engine not in named:
-                best = line
-            continue
         assert line.speed is not None and best.speed is not None
         one, many = (mine / theirs for mine, theirs in zip(line.speed, best.speed, strict=True))
         if one >= FASTER and many >= SLOWER:

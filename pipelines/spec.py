@@ -81,7 +81,7 @@ Trackers = Annotated[
                               {"type": "array", "items": {"enum": [*get_args(TrackerName)]}, "uniqueItems": True}]}),
 ]  # fmt: skip
 EngineName = Literal["auto", "native", "onnxruntime", "openvino", "torchscript", "aotinductor", "iree", "tvm", "int8", "bf16",
-                     "treelite", "lleaves"]  # fmt: skip
+                     "onnxruntime32", "treelite", "lleaves"]  # fmt: skip
 EngineNames = Annotated[
     tuple[EngineName, ...], BeforeValidator(_listed), Field(min_length=1),
     WithJsonSchema({"anyOf": [{"enum": [*get_args(EngineName)]},
