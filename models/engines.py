@@ -18,6 +18,7 @@ from models.score import NetworkScorer, Scorer, TreeScorer, one_thread
 from models.served import Served
 from pipelines.errors import MillraceError
 
+ZERO = float(np.float32(1e-35))  # LightGBM takes what is as near to 0 for 0, before it looks at a split
 log = logging.getLogger("millrace.service")
 
 
@@ -109,7 +110,7 @@ class Lleaves(TreeScorer):
         self._model.compile(cache=str(path), raw_score=True)
 
     def _answer(self, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._model.predict(np.ascontiguousarray(rows), n_jobs=1)
+        found: np.ndarray = self._model.predict(_as_read(rows), n_jobs=1)
         return found
 
 
@@ -121,8 +122,13 @@ class Treelite(TreeScorer):
         self._model = self._module.Predictor(str(path), nthread=1)
 
     def _answer(self, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._model.predict(self._module.DMatrix(rows, dtype="float64"), pred_margin=True)
+        found: np.ndarray = self._model.predict(self._module.DMatrix(_as_read(rows), dtype="float64"), pred_margin=True)
         return found.reshape(len(rows), -1)[:, 0]
+
+
+def _as_read(rows: np.ndarray) -> np.ndarray:
+    """Rows as LightGBM reads them."""
+    return np.where(np.abs(rows) <= ZERO, 0.0, rows)
 
 
 @dataclass(frozen=True)

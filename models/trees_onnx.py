@@ -11,10 +11,11 @@ from typing import Any
 import lightgbm as lgb
 import numpy as np
 
+from models.engines import ZERO
 from pipelines.errors import MillraceError
 
 LEQ, MEMBER = 0, 6  # modes of a node: value <= split; value among the node's members
-HUGE, ZERO = 1e300, float(np.float32(1e-35))  # of LightGBM
+HUGE = 1e300
 SUM, NONE = 1, 0  # how trees are added up, what is done with the sum
 
 

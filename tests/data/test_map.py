@@ -39,6 +39,8 @@ KINDS = (
     "training: a port that is taken", "training: fewer rows than a batch, too few for a step",
     "more requests than can be answered; clients that do not send",
     "a poisoned bento: a file changed, missing or added, other libraries",
+    "inference: a candidate that answers NaN, flips splits, cannot be made or is not installed",
+    "inference: a compiled file that is damaged, missing, or made for another CPU",
     "text: a column that is none, a folder that is no encoder, an encoder that cannot be made",
     "training: a cap, budget or schedule of power that is wrong or cannot be kept",
     "tracking: a package that is not installed", "tracking: a server that is down, or never answers",

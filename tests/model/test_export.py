@@ -18,7 +18,7 @@ from deploy.compiled import compile_into, network_of, table, tree_texts, wanted
 from features.trainset import TrainingSet
 from models import inference
 from models.data import Resident
-from models.engines import ENGINES, OnnxTrees, engine_of, target
+from models.engines import ENGINES, ZERO, OnnxTrees, engine_of, target
 from models.export import export_onnx
 from models.gbdt import fit_gbdt
 from models.inference import Checked, Line, check_engines, checked_rows, compare, not_installed, pick, snapped
@@ -111,8 +111,7 @@ def test_trees_as_onnx_are_the_same_bits_at_every_split(tmp_path: Path, seed: in
     text, x = booster(seed, missing=missing)
     write_trees(text, tmp_path / "x.onnx", np.float64)
     scorer, native = OnnxTrees(tmp_path / "x.onnx"), lgb.Booster(model_str=text)
-    tiny = float(np.float32(1e-35))  # what LightGBM takes for 0
-    edges = [0.0, -0.0, tiny, -tiny, 2 * tiny, tiny / 2, -tiny / 2, 5e-324, np.nan, np.inf, -np.inf, 1e300]
+    edges = [0.0, -0.0, ZERO, -ZERO, 2 * ZERO, ZERO / 2, -ZERO / 2, 5e-324, np.nan, np.inf, -np.inf, 1e300]
     some = [x, *snapped(x[:200], [text]), *(np.column_stack([np.full((40, 4), e), np.arange(40)]) for e in edges)]
     for column, splits in thresholds(text).items():
         at = np.repeat(x[:20], len(splits), axis=0)
