@@ -102,8 +102,8 @@ def make(root: Path, pipeline: str = "flights_demo", text: str = "plain", champi
 
 
 def _inference(text: str) -> dict[str, Any]:
-    line = {"member": "gbdt", "engine": "onnxruntime", "precision": "float64", "state": "chosen", "why": "", "gap": 0.0, "edge_gap": 0.0,
-            "us": [14.2, 1924.7], "speed": [6.3, 1.38]}  # fmt: skip
+    line = {"member": "gbdt", "engine": "onnxruntime", "precision": "float64", "state": "chosen", "why": "", "gap": 0.0,
+            "edge_gap": 0.0, "us": [14.2, 1924.7], "speed": [6.3, 1.38]}  # fmt: skip
     gone = {"engine": "lleaves", "state": "failed", "why": f"no {text}", "gap": None, "edge_gap": None, "us": None, "speed": None}
     return {"hardware": {"cpu": text, "cores": 2}, "table": [line, {**line, **gone}]}
 
