@@ -12,8 +12,8 @@ import numpy as np
 from features.preprocess import Batch, Preprocess
 from features.trainset import load_training_set
 from models.engines import DEFAULT, target
-from models.inference import LIGHT, LOSSY, Form, Line, checked_rows, compare, hardware
-from models.score import Model
+from models.inference import LIGHT, Form, Line, checked_rows, compare, hardware
+from models.score import Member, Model
 from models.served import SERVED
 from pipelines.manifest import Note, read_json, write_json, write_page
 from pipelines.spec import Spec
@@ -33,7 +33,7 @@ def compile_into(spec: Spec, model_folder: Path, data_folder: Path, study: Path,
         lines, chosen = compare(model, model.chosen, rows, wanted(words, bound), bound, Path(work),
                                 network_of(spec, model_folder, study, batch), words)  # fmt: skip
         others = {name: form for name, form in chosen.items() if form.engine.name != DEFAULT[form.engine.kind]}
-        members = {name: _kept(form, lines, name, out) for name, form in others.items()}
+        members = {name: _kept(form, lines, model.members[name], out) for name, form in others.items()}
     write_json(out / SERVED, {
         "members": members, "bound": bound,
         "packages": sorted({p for form in chosen.values() for p in form.engine.packages}),
@@ -45,9 +45,8 @@ def compile_into(spec: Spec, model_folder: Path, data_folder: Path, study: Path,
 
 def wanted(words: Sequence[str], bound: float) -> set[str]:
     """Engines that are made for these words of `serve.inference`: what is light, or what is named."""
-    if "auto" in words:
-        return {e for e in LIGHT if bound > EXACT or e not in LOSSY} | ({"int8"} if bound > EXACT else set())
-    return set(words) - {"native"}
+    named = set(words) - {"auto", "native"}
+    return named | LIGHT | ({"int8"} if bound > EXACT else set()) if "auto" in words else named
 
 
 def tree_texts(model: Model, name: str) -> list[str]:
@@ -77,10 +76,10 @@ def network_of(spec: Spec, model: Path, study: Path, batch: Batch) -> Callable[[
     return make
 
 
-def _kept(form: Form, lines: Sequence[Line], member: str, out: Path) -> dict[str, Any]:
+def _kept(form: Form, lines: Sequence[Line], member: Member, out: Path) -> dict[str, Any]:
     """Copies a candidate's file to stay, unless it is the member's own; what the bundle says of it."""
-    exact = next(x.exact for x in lines if (x.member, x.engine) == (member, form.engine.name))
-    if form.path.suffix != ".onnx" or form.engine.kind != "network":
+    exact = next(x.exact for x in lines if (x.member, x.engine) == (member.name, form.engine.name))
+    if form.path.name != member.file:
         shutil.copyfile(form.path, out / form.path.name)
     return {"engine": form.engine.name, "file": form.path.name, "exact": exact,
             "target": target() if form.engine.machine else []}  # fmt: skip

@@ -4,6 +4,7 @@ Runs inside the serving process: what an engine needs beyond numpy, ONNX Runtime
 """
 
 import logging
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -78,6 +79,7 @@ class Tvm(NetworkScorer):
     """A network that TVM compiled to machine code."""
 
     def __init__(self, path: Path) -> None:
+        os.environ.setdefault("TVM_NUM_THREADS", "1")
         tvm = import_module("tvm")
         machine = import_module("tvm.relax").VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
         self._run, self._tensor, self._inputs = machine["main"], tvm.runtime.tensor, None

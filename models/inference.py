@@ -27,7 +27,6 @@ from pipelines.manifest import digest_of
 
 FASTER, SLOWER = 1.3, 0.95  # a candidate replaces what is before it from so many times its speed at 1 row, and so at 256
 LIGHT = {"onnxruntime", "onnxruntime32", "openvino", "lightgbm"}  # made within a second: candidates of every run
-LOSSY = {"int8", "bf16"}  # never as exact as preflight asks for
 WITH = {"aotinductor": ("torch",), "iree": ("iree-base-compiler",), "treelite": ("treelite",)}  # what making needs besides
 REAL, SNAPPED, ALONE = 2_000, 300, 64  # rows that answers are compared on, that are moved to splits, that are asked one by one
 ROUNDS, CALLS, ENOUGH_S = 5, {1: 60, 256: 6}, 3.0  # rounds end early where a model is slow
@@ -70,6 +69,18 @@ class Form:
     engine: Engine
     path: Path
     scorer: Scorer
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What candidates for members of a candidate of the model have to answer: raw logits by member, and probabilities."""
+
+    model: Model
+    name: str
+    raw: Mapping[str, np.ndarray]
+    reference: np.ndarray
+    rows: Checked
+    bound: float
 
 
 def hardware() -> dict[str, Any]:
@@ -157,41 +168,46 @@ def compare(
     PyTorch, for engines that begin with it. `peers`: by member, what is measured beside and never chosen.
     """
     raw = {member: model.raw(member, rows.batch) for member in model.candidates[name]}
-    reference, lines, chosen = model.answer(name, raw), list[Line](), dict[str, Form]()
-    for member in raw:
-        kind = model.members[member].kind
-        if kind not in DEFAULT:
-            continue
-        forms: dict[str, Form] = {}
-        for engine in (e for e in ENGINES if e.kind == kind):
-            line = Line(member, engine.name, engine.precision, "passed")
-            if engine.name == DEFAULT[kind]:
-                path = model.folder / model.members[member].file
-                forms[engine.name] = Form(engine, path, engine.load(path))
-                lines.append(replace(line, gap=0.0, edge_gap=0.0, exact=True))
-            elif missing := not_installed(engine):
-                lines.append(replace(line, state="not installed", why=f"pip install {' '.join(missing)}"))
-            elif engine.name not in wanted:
-                lines.append(replace(line, state="not tried", why=f"serve.inference: {engine.name}, or python -m bench.export"))
-            else:
-                line, form = _made(line, engine, model, work, network)
-                line = _judged(line, form, model, name, raw, reference, rows, bound) if form else line
-                if line.state == "passed" and not line.alone and engine.name not in named:
-                    line = replace(line, state="dropped", why="a row alone is answered otherwise than among others")
-                lines.append(line)
-                if form and line.gap is not None:
-                    forms[engine.name] = form
+    trial, lines, chosen = Trial(model, name, raw, model.answer(name, raw), rows, bound), list[Line](), dict[str, Form]()
+    for member in (m for m in raw if model.members[m].kind in DEFAULT):
+        some, forms = _candidates(trial, member, wanted, work, network, named)
         if peers and member in peers:
-            forms[peers[member].engine.name] = peers[member]
-            peer = Line(member, peers[member].engine.name, peers[member].engine.precision, "peer")
-            lines.append(_judged(peer, peers[member], model, name, raw, reference, rows, np.inf))
-        lines = measured(lines, member, forms, rows.batch)
-        chosen[member] = forms[pick([line for line in lines if line.member == member and line.state == "passed"], named)]
-    return [replace(x, state="chosen") if x.state == "passed" and chosen[x.member].engine.name == x.engine else x
-            for x in lines], chosen  # fmt: skip
+            peer = peers[member]
+            forms[peer.engine.name], beside = peer, Line(member, peer.engine.name, peer.engine.precision, "peer")
+            some.append(_judged(beside, peer, replace(trial, bound=np.inf)))
+        some = measured(some, forms, rows.batch)
+        best = pick([line for line in some if line.state == "passed"], named)
+        chosen[member] = forms[best]
+        lines += [replace(line, state="chosen") if line.engine == best else line for line in some]
+    return lines, chosen
 
 
-def _made(line: Line, engine: Engine, model: Model, work: Path, network: Callable[[], Any] | None) -> tuple[Line, Form | None]:
+def _candidates(
+    trial: Trial, member: str, wanted: set[str], work: Path, network: Callable[[], Any], named: Sequence[str]
+) -> tuple[list[Line], dict[str, Form]]:  # fmt: skip
+    """A line for each engine of a member, and what was made of them and answers with numbers, by name: the default first."""
+    lines, forms, kind = list[Line](), dict[str, Form](), trial.model.members[member].kind
+    for engine in (e for e in ENGINES if e.kind == kind):
+        line, form = Line(member, engine.name, engine.precision, "passed"), None
+        if engine.name == DEFAULT[kind]:
+            path = trial.model.folder / trial.model.members[member].file
+            line, form = replace(line, gap=0.0, edge_gap=0.0, exact=True), Form(engine, path, engine.load(path))
+        elif missing := not_installed(engine):
+            line = replace(line, state="not installed", why=f"pip install {' '.join(missing)}")
+        elif engine.name not in wanted:
+            line = replace(line, state="not tried", why=f"serve.inference: {engine.name}, or python -m bench.export")
+        else:
+            line, form = _made(line, engine, trial.model, work, network)
+            line = _judged(line, form, trial) if form else line
+            if line.state == "passed" and not line.alone and ("auto" in named or engine.name not in named):
+                line = replace(line, state="dropped", why="a row alone is answered otherwise than among others")
+        lines.append(line)
+        if form and line.gap is not None:
+            forms[engine.name] = form
+    return lines, forms
+
+
+def _made(line: Line, engine: Engine, model: Model, work: Path, network: Callable[[], Any]) -> tuple[Line, Form | None]:
     """A candidate, made and loaded; or why it could not be."""
     member, began = model.members[line.member], time.perf_counter()
     source = work / member.file
@@ -204,7 +220,6 @@ def _made(line: Line, engine: Engine, model: Model, work: Path, network: Callabl
         elif path != source:
             from models.export import FORMS  # PyTorch: seconds, which most candidates do not need
 
-            assert network is not None
             net, inputs = network()
             FORMS[engine.name](net, inputs, source, path)
         form = Form(engine, path, engine.load(path))
@@ -230,33 +245,31 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
-def _judged(
-    line: Line, form: Form, model: Model, name: str, raw: Mapping[str, np.ndarray], reference: np.ndarray, rows: Checked,
-    bound: float,
-) -> Line:  # fmt: skip
+def _judged(line: Line, form: Form, trial: Trial) -> Line:
     """A candidate's answers beside the member's own."""
+    rows = trial.rows
     try:
         found = form.scorer.logit(rows.batch)
         few = np.linspace(0, len(rows.batch) - 1, min(ALONE, len(rows.batch))).astype(int)
         by_itself = np.array([form.scorer.logit(rows.batch.take(np.array([i])))[0] for i in few])
     except Exception as error:
         return replace(line, state="failed", why=_words(error))
-    answers = model.answer(name, {**raw, line.member: found})
-    off = np.abs(answers - reference)
+    answers = trial.model.answer(trial.name, {**trial.raw, line.member: found})
+    off = np.abs(answers - trial.reference)
     gap, edge = (float(part.max(initial=0.0)) for part in (off[: rows.real], off[rows.real :]))
     alone = bool(np.array_equal(by_itself, found[few], equal_nan=True))
-    line = replace(line, gap=gap, edge_gap=edge, exact=np.array_equal(found, raw[line.member]), alone=alone)
+    line = replace(line, gap=gap, edge_gap=edge, exact=np.array_equal(found, trial.raw[line.member]), alone=alone)
     wrong = int((~np.isfinite(answers)).sum())
     if wrong:
         return replace(line, state="dropped", why=f"{wrong:,} of {len(off):,} answers are no numbers", gap=None, edge_gap=None)
-    if not max(gap, edge) <= bound:
-        over = [int((part > bound).sum()) for part in (off[: rows.real], off[rows.real :])]
+    if not max(gap, edge) <= trial.bound:
+        over = [int((part > trial.bound).sum()) for part in (off[: rows.real], off[rows.real :])]
         return replace(line, state="dropped", why=f"{over[0]:,} of {rows.real:,} real rows and {over[1]:,} of "
-                       f"{len(off) - rows.real:,} made ones differ by more than {bound:g}")  # fmt: skip
+                       f"{len(off) - rows.real:,} made ones differ by more than {trial.bound:g}")  # fmt: skip
     return line
 
 
-def measured(lines: Sequence[Line], member: str, forms: Mapping[str, Form], batch: Batch) -> list[Line]:
+def measured(lines: Sequence[Line], forms: Mapping[str, Form], batch: Batch) -> list[Line]:
     """The lines with what their candidates take, in turn: medians of rounds, and of the ratios to the default within a round."""
     took: dict[str, dict[int, list[float]]] = {name: {size: [] for size in CALLS} for name in forms}
     parts_of = {size: [batch.take(np.arange(i, i + size) % len(batch)) for i in range(0, calls * size, size)]
@@ -272,7 +285,7 @@ def measured(lines: Sequence[Line], member: str, forms: Mapping[str, Form], batc
     base = next(iter(forms))
     found = []
     for line in lines:
-        if line.member == member and line.engine in took:
+        if line.engine in took:
             mine = took[line.engine]
             us = tuple(round(statistics.median(mine[size]), 2) for size in CALLS)
             speed = tuple(round(statistics.median(b / m for b, m in zip(took[base][size], mine[size], strict=True)), 3)

@@ -176,6 +176,7 @@ def test_a_candidate_that_answers_nan_or_cannot_be_made_is_dropped_with_its_reas
 
 def test_a_lossy_candidate_is_one_only_where_the_spec_allows_the_difference() -> None:
     assert not wanted(("auto",), 1e-6) & {"int8", "bf16"} and "int8" in wanted(("auto",), 0.01)
+    assert wanted(("auto", "lleaves"), 1e-6) == wanted(("auto",), 1e-6) | {"lleaves"}
     assert wanted(("native",), 1e-6) == set() and wanted(("openvino", "lleaves"), 1e-6) == {"openvino", "lleaves"}
 
 
@@ -214,6 +215,14 @@ def test_a_named_engine_brings_its_packages_and_a_bound(packed: Callable[..., Pa
     assert 0 < off.max() <= 1e-6
     (out / "network.onnx").write_bytes(b"")  # what answers is the engine's own file
     assert np.array_equal(Model.load(out).predict(rows.batch), model.predict(rows.batch))
+
+
+def test_a_lossy_engine_by_name_within_a_wider_bound(packed: Callable[..., Path], trained: Path, rows: Checked) -> None:
+    out = packed("serve.inference=int8", "serve.max_gap=0.1")
+    model = Model.load(out)
+    off = np.abs(model.predict(rows.batch) - Model.load(trained).predict(rows.batch)).max()
+    assert model.served == {"network": "int8"} and 1e-6 < off <= slack(out) == 0.1
+    assert Model.load(packed("serve.inference=int8")).served == {}  # not within a millionth
 
 
 def set_served(out: Path, **changes: Any) -> None:
