@@ -8,9 +8,10 @@ are listed (`pip install millrace[compile]`).
 Figures: `batch1_speedup_vs_eager` and `batch256_speedup_vs_eager` of the network as it is served, over PyTorch;
 `trees_batch1_speedup_vs_native` and `trees_batch256_speedup_vs_native` of the trees over LightGBM's own `predict`;
 `parity_max_abs`, the largest difference of a probability between what is served and PyTorch or LightGBM, on real rows, at splits,
-with what is missing, unseen or infinite; `alone_equal`, whether a row alone is answered as among others, to the bit;
-`float32_max_abs`, the same difference of trees in float32, which are dropped; `engines`, what is served; `candidates` by what
-became of them; `stage_s`, what the stage cost within the run.
+with what is missing, unseen or infinite (of `parity_rows`); `alone_equal`, whether a row alone is answered as among others, to the bit;
+`float32_max_abs`, the same difference of trees in float32, which are dropped; `engines`, what a run serves by `auto`;
+`engines_of_all`, what it would if all were its candidates; `candidates` by what became of them; `stage_s`, what the stage cost
+within the run.
 """
 
 import shutil
@@ -29,7 +30,7 @@ from deploy.compiled import network_of, table, tree_texts
 from features.preprocess import Preprocess
 from features.trainset import load_training_set
 from models.engines import ENGINES, Engine
-from models.inference import Checked, Form, Line, checked_rows, compare, version_of
+from models.inference import LIGHT, Form, Line, checked_rows, compare, pick, version_of
 from models.score import Model, NetworkScorer
 from pipelines.home import Home, open_home
 from pipelines.manifest import read_json
@@ -53,11 +54,6 @@ class Eager(NetworkScorer):
         return found
 
 
-def answers(model: Model, member: str, form: Form, rows: Checked) -> np.ndarray:
-    """Probabilities of a member by one form of it."""
-    return model.answer(member, {member: form.scorer.logit(rows.batch)})
-
-
 def measure(home: Home, pipeline: str, manifest: Mapping[str, Any], *, quick: bool) -> tuple[dict[str, Any], list[Line]]:
     """Figures, and the lines of the table."""
     paths = {name: home.root / path for name, path in manifest["stage_paths"].items()}
@@ -67,30 +63,33 @@ def measure(home: Home, pipeline: str, manifest: Mapping[str, Any], *, quick: bo
     make = network_of(spec, paths["train"], paths["tune"], batch)
     eager = Form(Engine("eager", "network", "float32", "", NetworkScorer), Path(), Eager(make))
     wanted = {e.name for e in ENGINES} - (SLOW if quick else set())
-    lines, chosen = list[Line](), dict[str, Form]()
+    lines, chosen = list[Line](), dict[str, Line]()
     for member in ("network", "gbdt"):
         with tempfile.TemporaryDirectory() as work:
-            some, picked = compare(model, member, rows, wanted, BOUND, Path(work), make, peers={"network": eager})
-            lines += some
-            chosen |= picked
-    by = {(x.member, x.engine): x for x in lines}
-    net, trees = (by[member, chosen[member].engine.name] for member in ("network", "gbdt"))
-    peer = by["network", "eager"]
-    default = Form(chosen["gbdt"].engine, Path(), model._scorer("gbdt"))
-    gaps = [np.abs(answers(model, m, chosen[m], rows) - answers(model, m, other, rows)).max()
-            for m, other in (("network", eager), ("gbdt", default))]  # fmt: skip
+            some, _ = compare(model, member, rows, wanted, BOUND, Path(work), make, peers={"network": eager})
+        passed = {line.engine: line for line in some if line.state in ("passed", "chosen")}
+        chosen[member] = passed[pick([line for name, line in passed.items() if name in LIGHT])]
+        lines += some
+    net, trees = chosen["network"], chosen["gbdt"]
+    peer, narrow = (next(line for line in lines if line.engine == name) for name in ("eager", "onnxruntime32"))
     assert net.speed and trees.speed and peer.speed
     figures = {
         "batch1_speedup_vs_eager": round(net.speed[0] / peer.speed[0], 2),
         "batch256_speedup_vs_eager": round(net.speed[1] / peer.speed[1], 2),
         "trees_batch1_speedup_vs_native": trees.speed[0], "trees_batch256_speedup_vs_native": trees.speed[1],
-        "parity_max_abs": float(max(gaps)), "parity_rows": len(rows.batch), "alone_equal": net.alone and trees.alone,
-        "float32_max_abs": max(g for x in lines if x.engine == "onnxruntime32" for g in (x.gap, x.edge_gap) if g is not None),
-        "engines": {m: f"{f.engine.name} ({f.engine.precision})" for m, f in chosen.items()},
+        "parity_max_abs": worst(peer) + max(worst(net), worst(trees)), "parity_rows": len(rows.batch),
+        "alone_equal": net.alone and trees.alone, "float32_max_abs": worst(narrow),
+        "engines": {name: f"{line.engine} ({line.precision})" for name, line in chosen.items()},
+        "engines_of_all": {x.member: f"{x.engine} ({x.precision})" for x in lines if x.state == "chosen"},
         "candidates": dict(Counter(x.state for x in lines)),
         "stage_s": next(s["seconds"] for s in manifest["stages"] if s["stage"] == "export"),
     }  # fmt: skip
     return figures, lines
+
+
+def worst(line: Line) -> float:
+    """The largest difference of a probability."""
+    return max(gap for gap in (line.gap, line.edge_gap) if gap is not None)
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ class Inductor(TorchScript):
     """A network that AOTInductor compiled to machine code."""
 
     def _load(self, path: Path) -> Any:
-        return import_module("torch._inductor").aoti_load_package(str(path))
+        run = self._torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run  # without the compiler's modules
+        return lambda *inputs: run(list(inputs))[0]
 
 
 class OpenVino(NetworkScorer):
