@@ -7,8 +7,8 @@ are listed (`pip install millrace[compile]`).
 
 Figures: `batch1_speedup_vs_eager` and `batch256_speedup_vs_eager` of the network as it is served, over PyTorch;
 `trees_batch1_speedup_vs_native` and `trees_batch256_speedup_vs_native` of the trees over LightGBM's own `predict`;
-`parity_max_abs`, the largest difference of a probability between what is served and PyTorch or LightGBM, on real rows, at splits,
-with what is missing, unseen or infinite (of `parity_rows`); `alone_equal`, whether a row alone is answered as among others, to the bit;
+`parity_max_abs`, the largest difference of a probability between what is served and PyTorch or LightGBM, on `parity_rows`: real
+ones, at splits, with what is missing, unseen or infinite; `alone_equal`, whether a row alone is answered as among others;
 `float32_max_abs`, the same difference of trees in float32, which are dropped; `engines`, what a run serves by `auto`;
 `engines_of_all`, what it would if all were its candidates; `candidates` by what became of them; `stage_s`, what the stage cost
 within the run.
