@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from models.inference import cpu_name
 from pipelines.clock import iso, wall_us
 from pipelines.manifest import ROOT, library_versions
 
@@ -38,7 +39,7 @@ def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     body = {
         "name": name, "commit": commit.stdout.strip(), "when": iso(wall_us()),
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)},
         "versions": {"python": platform.python_version(), **library_versions(*libraries)},
         "rows": rows, "figures": figures,
     }  # fmt: skip
@@ -47,10 +48,3 @@ def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: 
     for key, value in figures.items():
         print(f"{key:<24} {value}")
     print(f"written to {out}")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

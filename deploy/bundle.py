@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.contents import LOCK, SBOM, bill, locked, problems, version_of, write_sums
+from models.served import SERVED
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import (
@@ -31,7 +32,7 @@ SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
     *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
     "features/views.py",
-    *(f"models/{n}.py" for n in ("__init__", "calibrate", "explain", "score", "words")),
+    *(f"models/{n}.py" for n in ("__init__", "calibrate", "engines", "explain", "score", "served", "words")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "front", "imports", "keys", "lean", "loaded")),
     *(f"deploy/{n}.py" for n in ("meter", "openapi", "predictions", "requests", "service", "tables", "together", "warm")),
     "deploy/page.html",
@@ -55,8 +56,9 @@ def build_bento(spec: Spec, home: Home, files_in: list[Path], defs_digest: str, 
     Raises MillraceError with the builder's last words.
     """
     name = f"millrace_{spec.pipeline}"
-    pins = locked(direct(spec))
-    _stage(spec, files_in, defs_digest, scratch)
+    needed = direct(spec, files_in)
+    pins = locked(needed)
+    _stage(spec, files_in, defs_digest, scratch, needed)
     models = {p.name: file_digest(p) for p in sorted((scratch / "bundle").iterdir())}
     (scratch / LOCK).write_text("".join(f"{n}=={v}\n" for n, v in pins.items()), encoding="utf-8")
     (scratch / SBOM).write_text(json.dumps(bill(name, pins, models), indent=1) + "\n", encoding="utf-8")
@@ -71,12 +73,13 @@ def build_bento(spec: Spec, home: Home, files_in: list[Path], defs_digest: str, 
     return Bento(f"{name}:{version}", home.relative(folder), round(size, 3))
 
 
-def direct(spec: Spec) -> tuple[str, ...]:
-    """The packages that a bento of this spec imports itself."""
-    return (*LIBRARIES, "tokenizers") if spec.features.text else LIBRARIES
+def direct(spec: Spec, files_in: list[Path]) -> tuple[str, ...]:
+    """The packages that a bento of this spec, with these files, imports itself."""
+    served = [read_json(path)["packages"] for path in files_in if path.name == SERVED]
+    return (*LIBRARIES, *(["tokenizers"] if spec.features.text else []), *(name for names in served for name in names))
 
 
-def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path) -> None:
+def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path, needed: tuple[str, ...]) -> None:
     modules = {f.call.partition(":")[0].replace(".", "/") + ".py" for f in spec.features.functions}
     for name in (*SOURCES, *sorted(modules)):
         target = scratch / name
@@ -88,7 +91,7 @@ def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path) ->
         shutil.copyfile(path, bundle / path.name)
     body = spec.model_dump(mode="json", by_alias=True, exclude={"tracking"})
     (bundle / "spec.json").write_text(json.dumps(body, sort_keys=True, indent=1))
-    about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features"), "direct": direct(spec)}
+    about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features"), "direct": needed}
     write_json(bundle / "bundle.json", about)
 
 
@@ -110,12 +113,16 @@ def _build(home: Home, scratch: Path, name: str, version: str, pins: dict[str, s
 
 
 def package_into(
-    spec: Spec, home: Home, model: Path, verdict: Path, defs_digest: str, about: Mapping[str, str], out: Path
+    spec: Spec, home: Home, model: Path, form: Path, verdict: Path, defs_digest: str, about: Mapping[str, str], out: Path
 ) -> Note:  # fmt: skip
-    """The stage: builds the bento of a model and notes it in `out`. `about`: what it was made from, for its manifest."""
+    """The stage: builds the bento of a model, in the form that was chosen, and notes it in `out`. `about`: what it was made from,
+    for its manifest.
+    """
     from models.score import Model  # seconds, and the command line imports this module for less
 
     files = [model / name for name in (*Model.load(model).files, "preprocess.json")] + [verdict / "replay.parquet"]
+    if read_json(form / SERVED)["members"]:
+        files += [path for path in sorted(form.iterdir()) if path.is_file() and path.name != "done.json"]
     with tempfile.TemporaryDirectory(dir=home.root) as scratch, tempfile.TemporaryDirectory() as made:
         card, manifest = Path(made) / "model_card.md", Path(made) / "manifest.json"
         card.write_text(_card(spec, read_json(model / "model.json"), verdict), encoding="utf-8")

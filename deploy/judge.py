@@ -21,6 +21,7 @@ from features.trainset import TrainingSet, load_training_set
 from models.evaluate import CHALLENGER, CHAMPION, METRICS, PRIOR, Evaluation, Interval, evaluate
 from models.gate import SAME, Verdict, decide
 from models.score import Model
+from models.served import slack
 from pipelines.clock import MISSING
 from pipelines.errors import Refused
 from pipelines.home import Home, process_env
@@ -68,7 +69,9 @@ def judge(
     probabilities[PRIOR] = np.full(len(test), prior)
     slices = {name: values[test] for name, values in data.slices.items()}
     evaluation = evaluate(data.label[test], probabilities, slices, spec.gate, spec.seed)
-    equal = CHAMPION in probabilities and np.array_equal(probabilities[CHALLENGER], probabilities[CHAMPION])
+    equal = champion is not None and bool(
+        (np.abs(probabilities[CHALLENGER] - probabilities[CHAMPION]) <= slack(home.root / champion.bento / "src/bundle")).all()
+    )
     verdict = decide(evaluation, spec.gate, has_champion=champion is not None, equal=equal)
     seen = _seen_before(home, run, data.t[test])
     columns = {"t": data.t[test], "key": data.key[test].astype(str), "label": data.label[test], **probabilities}
@@ -101,7 +104,7 @@ def champion_scores(home: Home, run: Run, champion: Release, rows: pa.Table, t: 
         stored, replayed = replay["_score"].to_numpy(), replay.drop_columns(["_t", "_score"])
         again = answer(home, champion, historical_features(spec, home, features, replayed, times[1]))
         gap = float(np.abs(again - stored).max(initial=0.0))
-        if gap > 1e-9:
+        if gap > max(1e-9, slack(bundle)):
             raise Refused(
                 f"champion not reproducible: {champion.release} answers its own test rows differently (by up to "
                 f"{gap:g}) on features made by today's code; type `millrace rollback {run.pipeline}` or check out "

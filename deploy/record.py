@@ -62,6 +62,7 @@ def write_record(
         "seed": spec.seed, "hyper_parameters": result["hyper_parameters"], "chosen": result["chosen"],
         "metrics": evaluation["metrics"], "gains": evaluation["gains"], "bar": evaluation["bar"],
         "verdict": _without_format(read_json(at["evaluate"] / "verdict.json")),
+        "inference": _without_format(read_json(at["export"] / "volatile" / "measured.json")) if "export" in at else None,
         "preflight": _preflight(at), "bento": released.release if released.outcome != "refused" else "",
         "training": _without_format(read_json(at["train"] / "volatile" / "stats.json")),
         "outcome": released.outcome, "release": released.release, "reasons": list(released.reasons),

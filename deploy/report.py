@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from deploy import plots
+from deploy.compiled import table
 from deploy.findings import MODEL_TITLES, Findings, gather, groups, models, slices, tone
 from features.contract_page import percent
 from features.rows import PARTS, split_bounds
@@ -94,6 +95,7 @@ def render(found: Findings, page: str) -> str:
             gain_in=metric_words(evaluation.metric), slices=slices(found), groups=groups(found),
             parameters=_parameters(found), provenance=_provenance(found), format_version=FORMAT_VERSION,
             used=list(_used(manifest.get("training", {}).get("usage", {}))),
+            inference=table(manifest["inference"]["table"]) if manifest.get("inference") else [],
         )  # fmt: skip
 
 def environment() -> Environment:

@@ -219,7 +219,7 @@ class Endpoint:
         meta = self.store.last
         return {
             "pipeline": self.spec.pipeline, "question": self.spec.title, "release": self.release,
-            "model": self.model.chosen, "threshold": self.spec.serve.threshold,
+            "model": self.model.chosen, "engines": self.model.served, "threshold": self.spec.serve.threshold,
             "features": len(self.features), "defs_digest": self.defs,
             "fed": {"snapshot": meta["snapshot"], "until": iso(int(meta["data_us"]))},
             "clock": iso(self.now_us()) if self.spec.timed else None, "freshness_s": self.freshness(),

@@ -96,7 +96,7 @@ class Preprocess:
         codes = np.zeros((rows, len(self.categories)), np.int64)
         for i, (name, lookup) in enumerate(zip(self.categories, self._lookups, strict=True)):
             codes[:, i] = [lookup.get(value, UNSEEN) for value in frame[name].tolist()]
-        return self._batch(numbers, codes, self.reader.read(frame) if self.reader and tokens is None else tokens)
+        return self.inputs(numbers, codes, self.reader.read(frame) if self.reader and tokens is None else tokens)
 
     def transform_arrow(self, columns: Mapping[str, pa.Array]) -> Batch:
         """The same of B rows as Arrow columns, text or float64: no Python object per value, texts excepted."""
@@ -107,9 +107,10 @@ class Preprocess:
         for i, (name, words) in enumerate(zip(self.categories, self._words, strict=True)):
             codes[:, i] = codes_of(columns[name], words) + 1
         texts = {name: np.array(columns[name].to_pylist(), object) for name in self.texts}
-        return self._batch(numbers, codes, self.reader.read(texts) if self.reader else None)
+        return self.inputs(numbers, codes, self.reader.read(texts) if self.reader else None)
 
-    def _batch(self, numbers: np.ndarray, codes: np.ndarray, tokens: Tokens | None) -> Batch:
+    def inputs(self, numbers: np.ndarray, codes: np.ndarray, tokens: Tokens | None) -> Batch:
+        """The model inputs of B rows by their numbers (B, F) and codes (B, C)."""
         missing = np.isnan(numbers)
         scaled = (np.clip(numbers, self.low, self.high) - self.mean) / self.std
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)

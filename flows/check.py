@@ -56,6 +56,10 @@ def check_pipeline(spec: Spec, home: Home, path: Path) -> Checked:
             problems.append(str(error))
     try:
         require(spec.tracking)
+        if set(spec.serve.inference) - {"auto", "native"}:
+            from models.inference import check_engines  # LightGBM, ONNX Runtime: seconds
+
+            check_engines(spec.serve.inference)
     except UsageError as error:
         problems.append(str(error))
     for name, source in spec.sources.items():

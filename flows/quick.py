@@ -6,7 +6,7 @@ from pipelines.clock import parse_time
 from pipelines.errors import Refused
 from pipelines.home import Home
 from pipelines.manifest import code_digest, digest_of
-from pipelines.run import Run, accepted, result_spec, unfinished
+from pipelines.run import Run, accepted, packaged_alike, result_spec, unfinished
 from pipelines.spec import Spec
 
 
@@ -17,6 +17,8 @@ def nothing_new(home: Home, spec: Spec, as_of: str | None) -> Outcome | None:
         return None
     inputs = last["inputs"]
     if inputs["spec_digest"] != digest_of(result_spec(spec)) or inputs["code"] != code_digest("flows"):
+        return None
+    if not packaged_alike(home, last["run_id"], spec):
         return None
     try:
         snapshot = ingest(spec, home)

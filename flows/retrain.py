@@ -6,6 +6,7 @@ from deploy.record import Outcome
 from tasks.autofe import autofe
 from tasks.contract import contract
 from tasks.evaluate import evaluate
+from tasks.export import export
 from tasks.features import features
 from tasks.ingest import ingest
 from tasks.package import package
@@ -34,7 +35,8 @@ def retrain(pipeline: str, as_of: str | None = None, overrides: list[str] | None
     study = tune(run, data)
     model = train(run, data, study)
     verdict = evaluate(run, data, model)
-    bento = package(run, model, verdict, store) if verdict.ok else None
+    form = export(run, data, study, model) if verdict.ok else None
+    bento = package(run, model, form, verdict, store) if form else None
     flight = preflight(run, bento, data, store) if bento else None
     released = release(run, store, verdict, bento, flight)
-    return record(run, checked, store, data, study, model, verdict, bento, flight, released)
+    return record(run, checked, store, data, study, model, verdict, form, bento, flight, released)

@@ -13,11 +13,14 @@ import numpy as np
 import onnxruntime as ort
 
 from models.calibrate import Calibration, sigmoid
+from models.served import read_served
 from models.words import Words
 from pipelines.errors import MillraceError
 from pipelines.manifest import read_json
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
     from features.preprocess import Batch
 
 CHUNK, CHUNK_TEXTS = 256, 64  # rows at a time: what a network makes of them stays in the cache
@@ -29,24 +32,38 @@ class Scorer(Protocol):
     def logit(self, batch: "Batch") -> np.ndarray: ...
 
 
+def one_thread(path: Path) -> ort.InferenceSession:
+    """A session of ONNX Runtime on the CPU."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3
+    return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+
 class NetworkScorer:
     """The exported network under ONNX Runtime, one thread."""
 
+    _inputs: set[str] | None  # those that the network reads; None: all
+
     def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.use_deterministic_compute = True
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        self._session = one_thread(path)
         self._inputs = {node.name for node in self._session.get_inputs()}
 
     def logit(self, batch: "Batch") -> np.ndarray:
         found: np.ndarray = np.empty(len(batch))
         for rows in _alike(batch):
-            inputs = {name: getattr(batch, name)[rows] for name in ("scaled", "codes") if name in self._inputs}
-            if batch.tokens is not None and "tokens" in self._inputs:
+            inputs = {name: getattr(batch, name)[rows] for name in ("scaled", "codes") if self._reads(name)}
+            if batch.tokens is not None and self._reads("tokens"):
                 inputs["tokens"] = batch.tokens.take(rows).padded()
-            found[rows] = self._session.run(["logit"], inputs)[0]
+            found[rows] = self._answer(inputs)
+        return found
+
+    def _reads(self, name: str) -> bool:
+        return self._inputs is None or name in self._inputs
+
+    def _answer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        found: np.ndarray = self._session.run(["logit"], inputs)[0]
         return found
 
 
@@ -70,7 +87,11 @@ class TreeScorer:
     def logit(self, batch: "Batch") -> np.ndarray:
         if not len(batch):
             return np.empty(0)
-        return np.asarray(self._booster.predict(batch.trees, raw_score=True, num_threads=1), np.float64)
+        return np.asarray(self._answer(batch.trees), np.float64)
+
+    def _answer(self, rows: "np.ndarray | csr_array") -> np.ndarray:
+        found: np.ndarray = self._booster.predict(rows, raw_score=True, num_threads=1)  # type: ignore[assignment]
+        return found
 
     def contributions(self, batch: "Batch") -> np.ndarray:
         """What each column of `Batch.trees` adds to the logit, then what is there without any: float64 (B, columns + 1)."""
@@ -105,6 +126,7 @@ class Model:
     ) -> None:
         self.folder, self.chosen, self.candidates, self.members = folder, chosen, candidates, members
         self.prior = prior  # share of positive labels in the training part
+        self.served: dict[str, str] = {}  # member → the engine that answers for it in place of the default
         self._scorers: dict[str, Scorer] = {}
         for name in candidates[chosen]:
             self._scorer(name)
@@ -140,13 +162,22 @@ class Model:
             if all((self.folder / self.members[m].file).is_file() for m in weights)
         }
 
-    def _candidate(self, name: str, logits: dict[str, np.ndarray], batch: "Batch") -> np.ndarray:
-        total = np.zeros(len(batch))
+    def answer(self, name: str, logits: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Calibrated probability of a candidate (B) by the raw logits of its members."""
+        total = np.zeros(len(next(iter(logits.values()))))
         for member, weight in self.candidates[name].items():
-            if member not in logits:
-                logits[member] = self.members[member].calibration.logit(self._scorer(member).logit(batch))
-            total += weight * logits[member]
+            total += weight * self.members[member].calibration.logit(logits[member])
         return sigmoid(total)
+
+    def raw(self, name: str, batch: "Batch") -> np.ndarray:
+        """Raw logits of a member, float64 (B)."""
+        return self._scorer(name).logit(batch)
+
+    def _candidate(self, name: str, logits: dict[str, np.ndarray], batch: "Batch") -> np.ndarray:
+        for member in self.candidates[name]:
+            if member not in logits:
+                logits[member] = self.raw(member, batch)
+        return self.answer(name, logits)
 
     def _scorer(self, name: str) -> Scorer:
         if name not in self._scorers:
@@ -155,7 +186,19 @@ class Model:
             if not path.is_file():
                 raise MillraceError(f"{path}: not found, but model.json needs it; package the release again")
             try:
-                self._scorers[name] = KINDS[member.kind](path)
+                self._scorers[name] = self._compiled(member) or KINDS[member.kind](path)
             except Exception as error:
                 raise MillraceError(f"{path}: not readable as {member.kind} ({error}); train again") from error
         return self._scorers[name]
+
+    def _compiled(self, member: Member) -> Scorer | None:
+        """What was packaged to answer for a member in place of the default, if it can here."""
+        served = read_served(self.folder).get(member.name)
+        if served is None:
+            return None
+        from models.engines import compiled  # it is made of the scorers of this module
+
+        found = compiled(self.folder, member.name, member.kind, served)
+        if found:
+            self.served[member.name] = served.engine
+        return found

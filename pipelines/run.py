@@ -12,7 +12,7 @@ from pipelines.manifest import Artifact, digest_of, lock, read_json, write_json
 from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
-_NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store"},
+_NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store", "inference", "max_gap"},
                "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile", "power"},
                "tune": {"workers"}, "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
 
@@ -112,6 +112,13 @@ def take_up(home: Home, run: Run, spec: Spec) -> Run:
     return run.says(f"takes up run {run.run_id} where it was left")
 
 
+def packaged_alike(home: Home, run_id: str, spec: Spec) -> bool:
+    """Whether a run was told the same of what is to compute its answers."""
+    path = home.runs(spec.pipeline) / run_id / "spec.json"
+    was, now = read_json(path)["serve"] if path.exists() else {}, spec.serve.model_dump(mode="json")
+    return all(was.get(name) == now[name] for name in ("inference", "max_gap"))
+
+
 def pin(
     home: Home, spec: Spec, *, as_of_us: int, snapshot: str, previous: str, parent: str, code: str
 ) -> Run:  # fmt: skip
@@ -120,7 +127,8 @@ def pin(
     base = digest_of([spec.pipeline, spec_digest, as_of_us, snapshot, parent])[:12]
     last = accepted(home, spec.pipeline)
     same = {"spec_digest": spec_digest, "as_of_us": as_of_us, "snapshot": snapshot, "code": code}
-    if last and not spec.train.profile and all(last["inputs"].get(k) == v for k, v in same.items()):
+    same_inputs = last and all(last["inputs"].get(k) == v for k, v in same.items())
+    if last and same_inputs and not spec.train.profile and packaged_alike(home, last["run_id"], spec):
         return Run(**_pinned(last["inputs"]), unchanged=True)
     attempt = 1 + len(list(home.runs(spec.pipeline).glob(f"{base}-*")))
     run = Run(

@@ -80,6 +80,13 @@ Trackers = Annotated[
     WithJsonSchema({"anyOf": [{"enum": ["none", *get_args(TrackerName)]},
                               {"type": "array", "items": {"enum": [*get_args(TrackerName)]}, "uniqueItems": True}]}),
 ]  # fmt: skip
+EngineName = Literal["auto", "native", "onnxruntime", "openvino", "torchscript", "aotinductor", "iree", "tvm", "int8", "bf16",
+                     "onnxruntime32", "treelite", "lleaves"]  # fmt: skip
+EngineNames = Annotated[
+    tuple[EngineName, ...], BeforeValidator(_listed), Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"enum": [*get_args(EngineName)]},
+                              {"type": "array", "items": {"enum": [*get_args(EngineName)]}, "uniqueItems": True}]}),
+]  # fmt: skip
 Rate = Annotated[
     float | Literal["auto"], BeforeValidator(_rate),
     WithJsonSchema({"anyOf": [{"exclusiveMinimum": 0, "type": "number"}, {"const": "auto"}]}),
@@ -758,6 +765,10 @@ class Serve(Model):
     stale_after: Duration | None = Field(None, description="age of a latest value that is flagged as stale")
     latency_budget: Duration = Field(50_000, description="p95 of one request in preflight", validate_default=True)
     size_budget_mb: float = Field(200, gt=0, description="largest bento, MB")
+    inference: EngineNames = Field(
+        ("auto",), description="what computes answers: what is fastest and exact (auto), as it was trained (native), or by name"
+    )
+    max_gap: float = Field(1e-6, gt=0, le=0.1, description="largest difference of a probability that a compiled model may make")
     log_flush: Duration = Field(1_000_000, description="age at which predictions are written", validate_default=True)
     log_keep: Duration | None = Field(None, gt=0, description="age at which logged predictions are removed; default: never")
     log_drop: tuple[str, ...] = Field((), description="features and fields of a request that are not logged")

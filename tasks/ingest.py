@@ -3,6 +3,7 @@
 from deploy.rollout import champion, take_in
 from deploy.tracking import require
 from features.ingest import cut, inputs_of, read_snapshot, write_arrivals
+from models.inference import check_engines
 from pipelines.clock import iso, parse_time
 from pipelines.home import open_home
 from pipelines.lineage import emit
@@ -17,6 +18,7 @@ def ingest(pipeline: str, as_of: str | None = None, overrides: list[str] | None 
     """Landing → objects → snapshot; takes up an unfinished run of the same spec, else pins a new one."""
     home, spec = open_home(), load_spec(pipeline, overrides or [])
     require(spec.tracking)
+    check_engines(spec.serve.inference)
     left = unfinished(home, spec.pipeline)
     if left and left.spec_digest == digest_of(result_spec(spec)) and as_of in (None, iso(left.as_of_us)):
         return take_up(home, left, spec)

@@ -8,8 +8,8 @@ from pipelines.run import Run
 from tasks.policy import opened, stage, stage_key
 
 
-def _key(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> str:
-    return stage_key(run, "deploy", "package", model=model.digest, verdict=verdict.digest,
+def _key(run: Run, model: Artifact, form: Artifact, verdict: Artifact, features: FeatureSet) -> str:
+    return stage_key(run, "deploy", "package", model=model.digest, form=form.digest, verdict=verdict.digest,
                      defs=features.defs_digest, spec=run.spec_digest)  # fmt: skip
 
 
@@ -19,12 +19,13 @@ def _about(run: Run, model: Artifact) -> dict[str, str]:
 
 
 @stage(key=_key, tags=["release"], timeout_s=900)
-def package(run: Run, model: Artifact, verdict: Artifact, features: FeatureSet) -> Artifact:
+def package(run: Run, model: Artifact, form: Artifact, verdict: Artifact, features: FeatureSet) -> Artifact:
     """Builds the bento, or finds the one with the same contents."""
     home, spec = opened(run)
     return make_artifact(
-        home.root, "package", _key(run, model, verdict, features),
+        home.root, "package", _key(run, model, form, verdict, features),
         lambda out: package_into(
-            spec, home, home.root / model.path, home.root / verdict.path, features.defs_digest, _about(run, model), out
+            spec, home, home.root / model.path, home.root / form.path, home.root / verdict.path, features.defs_digest,
+            _about(run, model), out,
         ),
     )  # fmt: skip

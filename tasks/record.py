@@ -13,12 +13,12 @@ from tasks.policy import opened, stage
 @stage(tags=["release"], timeout_s=600)
 def record(
     run: Run, checked: Artifact, features: FeatureSet, data: Artifact, study: Artifact, model: Artifact,
-    verdict: Artifact, bento: Artifact | None, flight: Artifact | None, released: Released,
+    verdict: Artifact, form: Artifact | None, bento: Artifact | None, flight: Artifact | None, released: Released,
 ) -> Outcome:  # fmt: skip
     """`manifest.json`, `report.html` and `model_card.md` in the run's folder."""
     home, spec = opened(run)
     stages = {"contract": checked, "training_set": data, "tune": study, "train": model, "evaluate": verdict,
-              "package": bento, "preflight": flight}  # fmt: skip
+              "export": form, "package": bento, "preflight": flight}  # fmt: skip
     version = track(home, run.pipeline, run.snapshot, spec.versions.remote)
     outcome = write_record(spec, home, run, features, stages, released, version)
     told = settle(home, run)

@@ -43,6 +43,8 @@ KINDS = (
     "admin calls without a key, or from a web page", "requests that no client of good will sends",
     "a store that is down when the endpoint starts",
     "a poisoned bento: a file changed, missing or added, other libraries",
+    "inference: a candidate that answers NaN, flips splits, cannot be made or is not installed",
+    "inference: a compiled file that is damaged, missing, or made for another CPU",
     "text: a column that is none, a folder that is no encoder, an encoder that cannot be made",
     "training: a cap, budget or schedule of power that is wrong or cannot be kept",
     "tracking: a package that is not installed", "tracking: a server that is down, or never answers",

@@ -200,6 +200,19 @@ def test_score(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_export(tmp_path: Path) -> None:
+    body = run("export", tmp_path)
+    figures, rows = body["figures"], body["rows"]
+    assert all(figures[f"{what}_speedup_vs_{peer}"] > 0 for what, peer in (("batch1", "eager"), ("batch256", "eager"),
+               ("trees_batch1", "native"), ("trees_batch256", "native")))  # fmt: skip
+    assert figures["parity_max_abs"] <= 1e-6 and figures["alone_equal"] and figures["parity_rows"] > 1_000
+    assert figures["float32_max_abs"] > 1e-3 and sum(figures["candidates"].values()) == len(rows) == 14
+    states = {(row["member"], row["engine"]): row["state"] for row in rows}
+    assert states["network", "eager"] == "peer" and states["gbdt", "onnxruntime32"] == states["network", "int8"] == "dropped"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_bento(tmp_path: Path) -> None:
     figures = run("bento", tmp_path)["figures"]
     assert figures["digest_equal"] and figures["verify_refused"] == figures["poisons"] > 5

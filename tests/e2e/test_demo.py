@@ -16,7 +16,7 @@ from pipelines.manifest import ROOT, read_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-STAGES = ("ingest", "contract", "features", "training set", "tune", "train", "evaluate", "package", "preflight",
+STAGES = ("ingest", "contract", "features", "training set", "tune", "train", "evaluate", "export", "package", "preflight",
           "release", "record")  # fmt: skip
 
 

@@ -27,10 +27,10 @@ from tests.command import millrace
 CUT = (
     "split.train=20d", "split.valid_fit=4d", "split.valid_select=4d", "split.test=6d", "tune.rows=3000", "tune.size=2",
     "tune.workers=2", "train.max_epochs=2", "gbdt.max_rounds=40", "gate.resamples=50", "gate.min_rows=500",
-    "serve.latency_budget=5s",
+    "serve.latency_budget=5s", "serve.inference=onnxruntime",  # by name: two homes that measure might choose otherwise
 )  # fmt: skip
 STAGES = (
-    "contract", "features", "training_set", "tune", "train", "evaluate", "package", "preflight", "release", "record",
+    "contract", "features", "training_set", "tune", "train", "evaluate", "export", "package", "preflight", "release", "record",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_the_same_digest_after_a_kill_in_every_stage(
         deadline = time.monotonic() + 300
         seen = _stages_done(tmp_path).count(before)
         while time.monotonic() < deadline and process.poll() is None:
-            cached = before in ("contract", "training_set", "tune", "train", "evaluate", "package", "preflight")
+            cached = before in ("contract", "training_set", "tune", "train", "evaluate", "export", "package", "preflight")
             if _stages_done(tmp_path).count(before) > (0 if cached else seen):
                 time.sleep(0.7 if stage in ("tune", "train", "preflight", "features") else 0.05)
                 break

@@ -93,11 +93,19 @@ def make(root: Path, pipeline: str = "flights_demo", text: str = "plain", champi
     return Made(spec, home, run, {
         "pipeline": pipeline, "run_id": run.run_id, "as_of": iso(AS_OF), "git_commit": "f" * 40, "lock_digest": "e" * 64,
         "defs_digest": "a" * 64, "counts": counts, "chosen": "blend", "hyper_parameters": {"network": {"kind": text}},
-        "preflight": PREFLIGHT, "outcome": "promoted", "release": "millrace_flights_demo:1", "reasons": verdict["reasons"],
+        "preflight": PREFLIGHT, "outcome": "promoted", "inference": _inference(text),
+        "release": "millrace_flights_demo:1", "reasons": verdict["reasons"],
         "stages": [{**s, "line": f"{s['line']} {text}"} for s in STAGES], "stage_paths": paths,
         "snapshot_rows": {s: 1_000 + i for i, s in enumerate(sources)}, "result_digest": "b" * 64, "finished_wall_us": AS_OF,
         "test_window_us": [AS_OF - 10**12, AS_OF] if spec.timed else None, "verdict": verdict,
     })  # fmt: skip
+
+
+def _inference(text: str) -> dict[str, Any]:
+    line = {"member": "gbdt", "engine": "onnxruntime", "precision": "float64", "state": "chosen", "why": "", "gap": 0.0,
+            "edge_gap": 0.0, "us": [14.2, 1924.7], "speed": [6.3, 1.38]}  # fmt: skip
+    gone = {"engine": "lleaves", "state": "failed", "why": f"no {text}", "gap": None, "edge_gap": None, "us": None, "speed": None}
+    return {"hardware": {"cpu": text, "cores": 2}, "table": [line, {**line, **gone}]}
 
 
 def _write_models(out: Path, spec: Spec) -> None:
@@ -266,6 +274,7 @@ def test_words_from_data_stay_words(tmp_path: Path) -> None:
     hostile = made.saying(preflight={**PREFLIGHT, "passed": False, "reasons": [HOSTILE], "example": {"carrier": HOSTILE}})
     page = hostile.write().check()
     assert HOSTILE in page.text and f"A note: {HOSTILE}." in page.text and f"Preflight: {HOSTILE}" in page.text
+    assert f"failed: no {HOSTILE}" in page.text
     assert "<!--" not in page.html and "{{7*7}}" in page.text  # no comment to break out of, and nothing evaluated
     parts = page.card.split("```")
     assert len(parts) == 5  # two blocks of code, which show what they hold

@@ -22,8 +22,8 @@ from pipelines.spec import load_spec
 from tests.command import QUICK, millrace
 from tests.data.test_lineage import kept, validate
 
-STAGES = ("ingest", "contract", "features", "training_set", "tune", "train", "evaluate", "package", "preflight", "release",
-          "record")  # fmt: skip
+STAGES = ("ingest", "contract", "features", "training_set", "tune", "train", "evaluate", "export", "package", "preflight",
+          "release", "record")  # fmt: skip
 
 
 def served_key(home: Home) -> str:
