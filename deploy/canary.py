@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deploy.guard import Seen, Side, figures, higher_than, log_losses, reasons
-from deploy.live import NotReady, Role, cut_off, endpoints, memory_mb, place_of, promote_now, reconcile, serving
+from deploy.live import NotReady, Role, cut_off, endpoints, kill, memory_mb, place_of, promote_now, reconcile, serving
 from deploy.loaded import Loaded
 from deploy.monitor import outcomes
 from deploy.process import Service, call, reason
@@ -147,12 +147,13 @@ class _Driver:
         self.tell(f"{stage.release}: {now.words} ({now.why})")
 
     def _take_back(self, stage: Stage, why: str, seen: Seen) -> None:
-        """Traffic first, then the log: whoever is killed between finds it bad again."""
+        """Traffic first, then the log: whoever is killed between finds it bad, or dead, again."""
         cut_off(self.home, self.pipeline, stage.release)
         if "errors:" in why:  # what it had to say is written within a second
             time.sleep(min(2.0, 1.5 * self.spec.serve.log_flush / 1e6))
             self._read_logs(stage, seen)
             why = "; ".join(reasons(self.rules.guard, seen, self._budget_ms)) or why
+        kill(self.home, self.pipeline, stage.release)
         shown = {"seen": figures(seen, self.spec.serve.threshold)} if seen.challenger.answers else {}
         step(self.home, self.pipeline, stage, "retire", why=why, **shown)
         self.tell(f"{stage.release}: taken back: {why}")

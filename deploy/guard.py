@@ -13,6 +13,7 @@ import numpy as np
 from deploy.monitor import psi
 from pipelines.spec import Guard
 
+COLD = 8  # slow answers that no cold start explains
 GRID = 64  # alternatives that a test bets on, evenly
 CLIP = 1e-3  # scores are taken to lie in [CLIP, 1 − CLIP], so that a log loss is bounded
 BOUND = float(np.log((1 - CLIP) / CLIP))  # of the difference of two log losses
@@ -95,7 +96,7 @@ def _reasons(guard: Guard, seen: Seen, budget_ms: float) -> Iterable[str]:
         yield f"errors: {new.failed:,} of {new.answers:,} answers failed, {allowed:.1%} is accepted{said}"
     limit = max(guard.max_latency_ratio * old.p(99), budget_ms)
     slow, asked = sum(ms > limit for ms in new.ms) + new.hung, len(new.ms) + new.hung
-    if asked >= guard.min_requests and more_than(slow, asked, 0.01) >= enough:
+    if (asked >= guard.min_requests or slow >= COLD) and more_than(slow, asked, 0.01) >= enough:
         yield f"latency: {slow:,} of {asked:,} answers took more than {limit:,.0f} ms (the champion's p99 is {old.p(99):,.1f} ms)"
     elif new.hung and more_than(new.hung, asked, 0.01) >= enough:
         yield f"latency: {new.hung:,} of {asked:,} requests hang"

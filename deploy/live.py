@@ -199,10 +199,16 @@ def roll_back(home: Home, pipeline: str, *, to: str | None, why: str, at: str = 
 
 def cut_off(home: Home, pipeline: str, release: str) -> None:
     """Gives the traffic of a challenger back to the champion, at once."""
-    proxy = Proxy(home, pipeline)
     for slot, service in endpoints(home, pipeline).items():
-        if service.release == release and proxy.running():
-            proxy.tell(f"set weight b/{slot} 0")
+        if service.release == release:
+            Proxy(home, pipeline).tell(f"set weight b/{slot} 0")
+
+
+def kill(home: Home, pipeline: str, release: str) -> None:
+    """Ends a challenger's endpoints without waiting: what they were asked and had not answered, the proxy asks the champion."""
+    for service in endpoints(home, pipeline).values():
+        if service.release == release:
+            stop(service, grace_s=0)
 
 
 def _hold(home: Home, pipeline: str, told: Serving, role: Role) -> str:

@@ -33,10 +33,10 @@ defaults
   mode http
   log global
   timeout connect 2s
-  timeout client 30s
+  timeout client 5m
   timeout server 30s
   timeout check 5s
-  timeout http-keep-alive 1h
+  timeout http-keep-alive 5m
   timeout http-request 10s   # a client that sends slowly
   option redispatch 1
   retries 3
