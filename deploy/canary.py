@@ -92,13 +92,27 @@ def roll_out(home: Home, spec: Spec, *, tell: Tell) -> Rolled:
         if told is None:
             raise MillraceError(f"no proxy serves {pipeline}: type `millrace serve {pipeline} --background`")
         if coming is None:
-            reconcile(home, pipeline)  # whatever a killed one has left
-            raise MillraceError(f"no release of {pipeline} is on its way: `millrace promote {pipeline} RELEASE --canary`")
+            return _left(home, spec)
         traffic = Traffic(told.log_port)
         try:
             return _Driver(home, spec, rules, traffic, tell).run(coming.release)
         finally:
             traffic.close()
+
+
+def _left(home: Home, spec: Spec) -> Rolled:
+    """Finishes what one that was killed at the very end has left, and says how the last rollout ended."""
+    reconcile(home, spec.pipeline)
+    last = next((e["body"]["release"] for e in reversed(list(events(home, spec.pipeline))) if e["event"] == CHALLENGER), "")
+    if not last:
+        raise MillraceError(f"no release of {spec.pipeline} is on its way: `millrace promote {spec.pipeline} RELEASE --canary`")
+    return _ended(home, spec, last)
+
+
+def _ended(home: Home, spec: Spec, release: str) -> Rolled:
+    report, last = write_rollout_page(home, spec), stages_of(home, spec.pipeline)[release]
+    outcome = "promoted" if last.state == CHAMPION else "retired"
+    return Rolled(outcome, release, last.why, f"{outcome}: {release} ({last.why})", home.relative(report))
 
 
 class _Driver:
@@ -123,11 +137,7 @@ class _Driver:
             except NotReady as error:
                 self._take_back(stage, f"start: {error}", Seen())
         reconcile(self.home, self.pipeline)
-        page = write_rollout_page(self.home, self.spec)
-        last = stages_of(self.home, self.pipeline)[release]
-        outcome = "promoted" if last.state == CHAMPION else "retired"
-        line = f"{outcome}: {release} ({last.why})"
-        return Rolled(outcome, release, last.why, line, self.home.relative(page))
+        return _ended(self.home, self.spec, release)
 
     def _go_on(self, stage: Stage, seen: Seen) -> None:
         later = [share for share in self.rules.canary if share > stage.share]
@@ -273,7 +283,8 @@ class _Driver:
                 seen.pairs += [(row["score"], a["probability"]) for row, a in zip(asked, answer["rows"], strict=True)]
             else:
                 seen.challenger.failed += 1
-                seen.challenger.errors.append(str(answer.get("error") if isinstance(answer, dict) else answer)[:300])
+                said = str(answer.get("error"))
+                seen.challenger.errors.append((reason(Path(challenger.log)) if status == 500 else said)[:300])
 
     def _quality(self, stage: Stage, seen: Seen) -> None:
         """Compares log losses on rows that the champion answered since the challenge and whose label is known by now.

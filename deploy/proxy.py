@@ -25,7 +25,7 @@ from pipelines.manifest import write_atomic
 SLOTS = ("a", "b", "c", "d")
 DRAIN_S = 35.0  # longer than the longest answer
 MISSING = "haproxy is not installed (Debian: apt-get install haproxy)"
-LOOP = "trap 'kill $p; exit 0' TERM; while :; do haproxy -db -f haproxy.cfg & p=$!; wait $p; sleep 0.1; done"
+LOOP = "trap 'kill $p; wait $p; exit 0' TERM; while :; do haproxy -db -f haproxy.cfg & p=$!; wait $p; sleep 0.1; done"
 CONFIG = """global
   stats socket unix@sock mode 600 level admin
   log 127.0.0.1:{log_port} format raw local0

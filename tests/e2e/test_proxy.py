@@ -53,7 +53,7 @@ class Pair:
     def __init__(self, home: Home, sticky: str = "") -> None:
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Named) for _ in range(2)]
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         self.ports = [server.server_address[1] for server in self.servers]
         self.proxy, self.port, self.log_port, self.sticky = Proxy(home, "buses"), free_port(), free_port(), sticky
         self.share(90, 10)
