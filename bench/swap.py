@@ -61,9 +61,10 @@ class Course:
         return found | {to for begin, end, _, to in self.changes if asked.sent < end and asked.done > begin}
 
 
-def load(port: int, rate: float, users: int, over: Any, path: Path) -> None:
+def load(port: int, rate: float, users: int, up: Any, over: Any, path: Path) -> None:
     """Asks until told that it is over, and writes what was answered."""
     with Load(port, rate, users) as asking:
+        up.set()
         over.wait()
     path.write_text("\n".join(json.dumps(asdict(a)) for a in asking.asked))
 
@@ -100,11 +101,12 @@ def main() -> None:
         service = serve_champion(home, spec, port=0, background=True)
         assert service is not None
         spawn = multiprocessing.get_context("spawn")
-        over, path = spawn.Event(), folder / "asked.jsonl"
-        asking = spawn.Process(target=load, args=(service.port, RATE, USERS, over, path))
+        up, over, path = spawn.Event(), spawn.Event(), folder / "asked.jsonl"
+        asking = spawn.Process(target=load, args=(service.port, RATE, USERS, up, over, path))
         asking.start()
-        time.sleep(3)
-        began, spans = time.monotonic(), []
+        assert up.wait(60)
+        time.sleep(1)
+        spans: list[tuple[str, float, float, str, str]] = []
 
         def changed(kind: str, change: Any) -> None:
             """Makes a change, and notes when and from whom to whom."""
@@ -140,13 +142,13 @@ def main() -> None:
             spans.append((kind, begin, end, release.release, found.why))
             print(f"{kind}: {found.why} ({end - begin:.1f} s)", flush=True)
             time.sleep(1)
-        seconds = time.monotonic() - began
         over.set()
         asking.join()
         asked = [Asked(**json.loads(line)) for line in path.read_text().splitlines()]
     finally:
         stop_all(Home(folder / "home"), None)
         shutil.rmtree(folder, ignore_errors=True)
+    seconds = max(a.sent for a in asked) - min(a.sent for a in asked)
     broke = [(begin, end) for _, begin, end, _, _ in spans]
     rows = [of_bad(kind, begin, end, name, why, asked) for kind, begin, end, name, why in spans]
     hurt = [any(begin <= a.sent <= end for begin, end in broke) for a in asked]

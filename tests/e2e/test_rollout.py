@@ -136,7 +136,7 @@ def live(buses: Buses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
 
 def with_views(spec: Spec, views: dict[str, Any]) -> Spec:
     """The spec with other views."""
-    return spec.model_copy(update={"features": spec.features.model_copy(update={"views": views})})
+    return spec.model_copy(update={"features": spec.features.model_copy(update={"views": dict(sorted(views.items()))})})
 
 
 def wrong(asked: list[Asked], *allowed: str, since: float = 0.0) -> list[Asked]:
@@ -175,12 +175,11 @@ def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("made", "rules", "why"), [
-    ({"function": "fails"}, {"shadow": "0s"}, "errors: [0-9]+ of [0-9]+ answers failed, 1.0% is accepted .RuntimeError: no pace"),
     ({"function": "hangs"}, {"shadow": "0s"}, "latency: "),
-    ({"shift": float("nan")}, {}, "NaN: [0-9]+ of [0-9]+ answers are no number"),
+    ({"shift": float("nan")}, {"shadow": "0s"}, "NaN: [0-9]+ of [0-9]+ answers are no number; errors: [0-9]+ of [0-9]+ answers"),
     ({"shift": 0.3, "without": "gbdt.txt"}, {}, "start: .*gbdt.txt: not found, but model.json needs it"),
     ({"spec": "without place"}, {}, "errors: [0-9]+ of [0-9]+ answers failed, 1.0% is accepted .KeyError: 'place__zone'"),
-], ids=["errors", "hangs", "NaN", "crashes on start", "an unknown feature"])  # fmt: skip
+], ids=["hangs", "NaN", "crashes on start", "an unknown feature"])  # fmt: skip
 def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str, Any], rules: dict[str, Any], why: str) -> None:
     old = champion(live.home, "buses")
     assert old is not None
@@ -242,7 +241,7 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
     old = champion(live.home, "buses")
     assert old is not None
     new = challenged_by(live.home, make_release(live.buses, shift=0.002))
-    rules = {**FAST, "shadow": "250ms", "canary": [20], "step": "500ms", "guard": Guard(min_requests=2)}
+    rules = {**FAST, "shadow": "0s", "canary": [20], "step": "500ms", "guard": Guard(min_requests=2)}
     told = live.home.root.parent / "spec.json"
     told.write_text(by_steps(live.buses.spec, **rules).model_dump_json(by_alias=True))
     with Load(live.port, 40) as load:
@@ -255,7 +254,7 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
     assert not wrong(load.asked, old.release, new.release) and not wrong(load.asked, new.release, since=ended)
     assert champion(live.home, "buses") == find_release(live.home, "buses", new.release)
     moved = [e["event"] for e in events(live.home, "buses") if e["body"].get("release") == new.release]
-    assert sorted(moved) == ["canary", "challenger", "promote", "release", "shadow"]
+    assert sorted(moved) == ["canary", "challenger", "promote", "release"]
     (left,) = endpoints(live.home, "buses").values()
     homes = [p for p in psutil.process_iter(["cmdline"]) if f"{live.home.root}/bentoml/" in " ".join(p.info["cmdline"] or [])]
     assert left.release == new.release and left.pid in {p.pid for p in homes}
