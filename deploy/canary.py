@@ -192,7 +192,7 @@ class _Driver:
                 return [f"crash: its endpoint died: {reason(Path(challenger.log))}"]
             if not champion.alive():
                 return None  # the next turn starts it again
-            seen.challenger.rss_mb.append(memory_mb(challenger))
+            seen.challenger.rss_mb = [*seen.challenger.rss_mb[:1], memory_mb(challenger)]
             self._look(stage, champion, challenger, seen)
             if why := reasons(guard, seen, self._budget_ms):
                 return why

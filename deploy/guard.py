@@ -5,7 +5,8 @@ The tests are sequential: each is a nonnegative supermartingale that starts at 1
 and safe anytime-valid inference", Statistical Science 38 (2023).
 """
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.spec import Guard
 
 COLD = 8  # slow answers that no cold start explains
 GRID = 64  # alternatives that a test bets on, evenly
+NEWEST = 20_000  # answers whose latency and score are kept
 CLIP = 1e-3  # scores are taken to lie in [CLIP, 1 − CLIP], so that a log loss is bounded
 BOUND = float(np.log((1 - CLIP) / CLIP))  # of the difference of two log losses
 BETS = np.geomspace(0.01, 0.9, 16)  # shares of the wealth
@@ -52,9 +54,9 @@ class Side:
     answers: int = 0
     failed: int = 0
     hung: int = 0  # asked, and no answer for seconds
-    ms: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    rss_mb: list[float] = field(default_factory=list)
+    ms: MutableSequence[float] = field(default_factory=lambda: deque(maxlen=NEWEST))
+    scores: MutableSequence[float] = field(default_factory=lambda: deque(maxlen=NEWEST))
+    rss_mb: list[float] = field(default_factory=list)  # at first, and now
     errors: list[str] = field(default_factory=list)
 
     def p(self, percent: float) -> float:

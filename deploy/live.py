@@ -239,10 +239,11 @@ def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> N
 
 
 def _end(home: Home, pipeline: str, slot: str) -> None:
-    service = endpoints(home, pipeline).get(slot)
+    """Stops a slot's endpoint and forgets what it logged in the shadow; its last words stay."""
+    service, folder = endpoints(home, pipeline).get(slot), home.services(slot_name(pipeline, slot))
     if service:
         stop(service)
-    shutil.rmtree(home.services(slot_name(pipeline, slot)), ignore_errors=True)
+    shutil.rmtree(folder / "shadow", ignore_errors=True)
 
 
 def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role]) -> None:
@@ -257,7 +258,7 @@ def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role]) -> No
     for slot, row in proxy.stat().items():
         if slot not in places and not row["status"].startswith("MAINT"):
             proxy.close(slot)
-    for slot in runs:
+    for slot in SLOTS:
         if slot not in held:
             _end(home, pipeline, slot)
 

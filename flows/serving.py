@@ -84,7 +84,9 @@ def _serve_live(home: Home, spec: Spec, *, port: int | None, background: bool) -
     now = proxy.running()
     if wanted == 0:  # any
         wanted = now.port if now is not None and background else free_port()
-    if background and told and now and (told.port, told.offset_us, told.store) == (wanted, offset, spec.serve.store):
+    assert spec.serve.rollout is not None
+    asked = (wanted, offset, spec.serve.store, spec.serve.workers, spec.serve.rollout.sticky or "")
+    if background and told and now and (told.port, told.offset_us, told.store, told.workers, told.sticky) == asked:
         with suppress(live.NotReady):  # the champion answers; who drives the rollout takes the challenger back
             live.reconcile(home, spec.pipeline)
         return _as_champion(home, spec.pipeline, now)

@@ -40,6 +40,8 @@ from pipelines.errors import MillraceError, Refused
 from pipelines.home import Home
 from pipelines.manifest import ROOT, write_json
 from pipelines.spec import Guard, Spec, View
+from tasks.rollout import go_back
+from tests.command import millrace
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 from tests.e2e.releases import Asked, Load, by_steps, challenged_by, make_release
 from tests.servers import NotInstalled
@@ -95,6 +97,21 @@ def test_the_last_champions_stay_fed_whatever_was_released_since(tmp_path: Path)
     assert [r.release[-1] for r in kept_releases(home, "buses")] == ["b", "d", "e", "f"]
 
 
+def test_the_command_line_shows_and_steers_what_is_on_its_way(buses: Buses, tmp_path: Path) -> None:
+    home, yaml = Home(tmp_path), str(buses.home.root.parent / "buses.yaml")
+    promote(home, "buses", named("a"), expected="", why="first")
+    challenged_by(home, named("b"))
+    held = millrace(home.root, "rollout", yaml, "--hold", "--why", "lunch")
+    assert held.out == "millrace_buses:b: challenger (held)\n", held.err
+    lines = millrace(home.root, "releases", yaml).out.splitlines()
+    assert [" ".join(line.split()[:3]) for line in lines] == ["* millrace_buses:a champion", "millrace_buses:b challenger (held)"]
+    assert lines[1].endswith("run made  test")
+    driven = millrace(home.root, "rollout", yaml, sets=["serve.rollout={}"])
+    assert driven.error.startswith("error: no proxy serves buses: type `millrace serve ")
+    aborted = millrace(home.root, "rollout", yaml, "--abort", "--json")
+    assert aborted.answer["state"] == "retired" and under_way(stages_of(home, "buses")) is None
+
+
 # --- live ---
 
 
@@ -144,11 +161,9 @@ def wrong(asked: list[Asked], *allowed: str, since: float = 0.0) -> list[Asked]:
     return [a for a in asked if a.sent >= since and (a.lost or a.release not in allowed)]
 
 
-pytestmark = pytest.mark.haproxy
-
-
 @pytest.mark.slow
-def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live: Live) -> None:
+@pytest.mark.haproxy
+def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     old = champion(live.home, "buses")
     assert old is not None
     new = challenged_by(live.home, make_release(live.buses, shift=0.001))
@@ -157,7 +172,8 @@ def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live
         promoted = time.monotonic()
         assert done.outcome == "promoted" and live.asks() == new.release
         time.sleep(1)
-        roll_back(live.home, "buses", to=None, why="test")
+        monkeypatch.setenv("MILLRACE_HOME", str(live.home.root))
+        assert go_back.fn(str(live.home.root.parent / "buses.yaml"), None, "test") == old  # the body of the Prefect task
         back = time.monotonic()
         time.sleep(1)
     assert not wrong(load.asked, old.release, new.release)
@@ -174,6 +190,7 @@ def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live
 
 
 @pytest.mark.slow
+@pytest.mark.haproxy
 @pytest.mark.parametrize(("made", "rules", "why"), [
     ({"function": "hangs"}, {"shadow": "0s"}, "latency: "),
     ({"shift": float("nan")}, {"shadow": "0s"}, "NaN: [0-9]+ of [0-9]+ answers are no number; errors: [0-9]+ of [0-9]+ answers"),
@@ -237,6 +254,7 @@ sys.exit(1)
 
 
 @pytest.mark.slow
+@pytest.mark.haproxy
 def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: Live) -> None:
     old = champion(live.home, "buses")
     assert old is not None
@@ -262,6 +280,7 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
 
 
 @pytest.mark.slow
+@pytest.mark.haproxy
 def test_the_way_back_leads_to_other_features_that_stayed_fed(live: Live) -> None:
     old = champion(live.home, "buses")
     assert old is not None
@@ -283,6 +302,7 @@ def test_the_way_back_leads_to_other_features_that_stayed_fed(live: Live) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.haproxy
 def test_without_a_proxy_it_is_said_and_a_restart_promotes(live: Live, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     now = champion(live.home, "buses")
     assert now is not None
