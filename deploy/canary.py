@@ -33,7 +33,7 @@ from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
 from pipelines.predlog import FEATURE, read_log
-from pipelines.spec import Rollout, Spec
+from pipelines.spec import Guard, Rollout, Spec
 
 TICK_S = 0.25  # between two looks
 COPY_S = 0.1  # of a tick at most that copies take, but for the first
@@ -199,7 +199,10 @@ class _Driver:
             if time.monotonic() < next_look:
                 continue
             next_look = time.monotonic() + lasts
-            self._quality(stage, seen)
+            try:
+                compare(self.home, self.spec, guard, stage, seen)
+            except (MillraceError, ValueError) as error:  # such as a delivery that is refused: no fault of the challenger's
+                seen.quality = f"quality was not compared: {error}"
             if why := reasons(guard, seen, self._budget_ms):
                 return why
             count = seen.challenger.answers
@@ -286,38 +289,35 @@ class _Driver:
                 said = str(answer.get("error"))
                 seen.challenger.errors.append((reason(Path(challenger.log)) if status == 500 else said)[:300])
 
-    def _quality(self, stage: Stage, seen: Seen) -> None:
-        """Compares log losses on rows that the champion answered since the challenge and whose label is known by now.
 
-        The challenger's model answers them from the features as they were served.
-        """
-        since = self._since(stage)
-        log = read_log(self.home.predictions(self.pipeline))
-        keep = pc.and_(pc.equal(log["release"], stage.parent), pc.equal(log["route"], "predict"))
-        keep = pc.and_(keep, pc.invert(pc.or_(log["outside_horizon"], log["unknown_entity"])))
-        log = log.filter(pc.and_(keep, pc.greater_equal(log["wall"].cast(pa.int64()), since))).combine_chunks().sort_by("wall")
-        release = find_release(self.home, self.pipeline, stage.release)
-        loaded = Loaded.of(self.home.root / release.bento / "src" / "bundle")
-        lacking = [f.name for f in loaded.features if FEATURE + f.name not in log.column_names]
-        if not log.num_rows or lacking:
-            seen.quality = f"not compared: the champion was not served {lacking[0]!r}" if lacking and log.num_rows else ""
-            return
-        champion = find_release(self.home, self.pipeline, stage.parent)
-        label, old = outcomes(bento_spec(self.home, champion), self.home, log)
-        known = label >= 0
-        if not known.any():
-            return
-        frame: Columns = {f.name: as_array(log[FEATURE + f.name], "string" if f.kind == "category" else "float64")[known]
-                          for f in loaded.features}  # fmt: skip
-        new = loaded.model.predict(loaded.preprocess.transform(frame))
-        was, now = (log_losses(label[known], np.asarray(score)) for score in (old[known], new))
-        seen.worse = higher_than(now - was, self.rules.guard.max_log_loss_rise)
-        seen.quality = f"log loss {now.mean():.4f} on {len(now):,} rows with a label by now, the champion's {was.mean():.4f}"
+def compare(home: Home, spec: Spec, guard: Guard, stage: Stage, seen: Seen) -> None:
+    """Compares log losses on rows that the champion answered since the challenge and whose label is known by now.
 
-    def _since(self, stage: Stage) -> int:
-        """When the challenge began, µs."""
-        return max(parse_time(e["when"]) for e in events(self.home, self.pipeline)
-                   if e["event"] == CHALLENGER and e["body"]["release"] == stage.release)  # fmt: skip
+    The challenger's model answers them from the features as they were served.
+    """
+    since = max(parse_time(e["when"]) for e in events(home, spec.pipeline)
+                if e["event"] == CHALLENGER and e["body"]["release"] == stage.release)  # fmt: skip
+    log = read_log(home.predictions(spec.pipeline))
+    keep = pc.and_(pc.equal(log["release"], stage.parent), pc.equal(log["route"], "predict"))
+    keep = pc.and_(keep, pc.invert(pc.or_(log["outside_horizon"], log["unknown_entity"])))
+    log = log.filter(pc.and_(keep, pc.greater_equal(log["wall"].cast(pa.int64()), since))).combine_chunks().sort_by("wall")
+    if not log.num_rows:
+        return
+    loaded = Loaded.of(home.root / find_release(home, spec.pipeline, stage.release).bento / "src" / "bundle")
+    lacking = [f.name for f in loaded.features if FEATURE + f.name not in log.column_names]
+    if lacking:
+        seen.quality = f"quality was not compared: the champion is not served {lacking[0]!r}"
+        return
+    label, old = outcomes(bento_spec(home, find_release(home, spec.pipeline, stage.parent)), home, log)
+    known = label >= 0
+    if not known.any():
+        return
+    frame: Columns = {f.name: as_array(log[FEATURE + f.name], "string" if f.kind == "category" else "float64")[known]
+                      for f in loaded.features}  # fmt: skip
+    new = loaded.model.predict(loaded.preprocess.transform(frame))
+    was, now = (log_losses(label[known], np.asarray(score)) for score in (old[known], new))
+    seen.worse = higher_than(now - was, guard.max_log_loss_rise)
+    seen.quality = f"log loss {now.mean():.4f} on {len(now):,} rows with a label by now, the champion's {was.mean():.4f}"
 
 
 def _request(row: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from deploy.canary import Rolled, roll_out
+from deploy.canary import Rolled, compare, roll_out
+from deploy.guard import Seen, reasons
 from deploy.live import endpoints, promote_now, roll_back
 from deploy.process import call
 from deploy.proxy import MISSING, installed
@@ -299,6 +303,34 @@ def test_the_way_back_leads_to_other_features_that_stayed_fed(live: Live) -> Non
         time.sleep(0.5)
     assert status == 200 and answer["release"] == old.release and answer["fed"]["until"] == "2024-05-06T12:01:00Z"
     assert not wrong(load.asked, old.release, other.release) and not wrong(load.asked, old.release, since=back)
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_challenger_that_is_worse_goes_when_labels_come(live: Live) -> None:
+    asked = [trip_at(NOW + i * EVERY) for i in (1, 2)]
+    challenged_by(live.home, make_release(live.buses, shift=3.0))
+    for _ in range(40):
+        call(f"http://127.0.0.1:{live.port}/predict", {"rows": asked})
+    time.sleep(1.5)  # until it is logged
+    utc = pa.timestamp("us", "UTC")
+    kinds = pa.schema([("line", pa.string()), ("day", utc), ("trip", pa.int64()), ("at", utc), ("late", pa.float64())])
+    left = [{**trip, "day": datetime(2024, 5, 6, tzinfo=UTC), "at": NOW + timedelta(minutes=20), "late": 0.0} for trip in asked]
+    pq.write_table(pa.Table.from_pylist(left, kinds), live.home.landing("buses") / "departures" / "left.parquet")
+
+    def why() -> list[str]:
+        seen, stage = Seen(), under_way(stages_of(live.home, "buses"))
+        assert stage is not None
+        compare(live.home, live.buses.spec, Guard(), stage, seen)
+        assert re.match("log loss [0-9.]+ on 80 rows with a label by now, the champion's [0-9.]+", seen.quality), seen.quality
+        return reasons(Guard(), seen, 50)
+
+    assert [said.partition(":")[0] for said in why()] == ["quality"]
+    challenged_by(live.home, make_release(live.buses, shift=0.004))
+    for _ in range(40):
+        call(f"http://127.0.0.1:{live.port}/predict", {"rows": asked})
+    time.sleep(1.5)
+    assert why() == []
 
 
 @pytest.mark.slow
