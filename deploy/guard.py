@@ -14,6 +14,7 @@ import numpy as np
 from deploy.monitor import psi
 from pipelines.spec import Guard
 
+CHANCE = 50.0  # × (1/n + 1/m): what PSI of ten degrees of freedom reaches by chance in one of 3 million looks
 COLD = 8  # slow answers that no cold start explains
 GRID = 64  # alternatives that a test bets on, evenly
 NEWEST = 20_000  # answers whose latency and score are kept
@@ -102,8 +103,9 @@ def _reasons(guard: Guard, seen: Seen, budget_ms: float) -> Iterable[str]:
         yield f"latency: {slow:,} of {asked:,} answers took more than {limit:,.0f} ms (the champion's p99 is {old.p(99):,.1f} ms)"
     elif new.hung and more_than(new.hung, asked, 0.01) >= enough:
         yield f"latency: {new.hung:,} of {asked:,} requests hang"
-    if min(len(new.finite), len(old.finite)) >= guard.min_rows and (drift := psi(old.finite, new.finite)) > guard.max_psi:
-        yield f"drift: PSI of its scores is {drift:.3f}, {guard.max_psi:g} is accepted"
+    a, b = old.finite, new.finite
+    if min(len(a), len(b)) >= guard.min_rows and (drift := psi(a, b)) > max(guard.max_psi, CHANCE * (1 / len(a) + 1 / len(b))):
+        yield f"drift: PSI of its scores is {drift:.3f} on {len(b):,} answers, {guard.max_psi:g} is accepted"
     if new.rss_mb and new.rss_mb[-1] - new.rss_mb[0] > (more := guard.max_rss_growth_mb):
         yield f"memory: {new.rss_mb[0]:,.0f} MB grew to {new.rss_mb[-1]:,.0f} MB, {more:,.0f} MB more is accepted"
     if seen.worse >= enough:

@@ -95,7 +95,8 @@ class Proxy:
             f"  server {slot} 127.0.0.1:{places[slot].port} weight {places[slot].weight}" if slot in places
             else f"  server {slot} 127.0.0.1:1 weight 0 disabled" for slot in SLOTS
         ]  # fmt: skip
-        balance = f"hash 'req.body,json_query(\"$.rows[0].{sticky}\")'" if sticky else "roundrobin"
+        # round robin goes on with a turn of hundreds of requests when weights change, and keeps step with regular clients
+        balance = f"hash 'req.body,json_query(\"$.rows[0].{sticky}\")'" if sticky else "random(1)"
         text = CONFIG.format(port=port, log_port=log_port, max_bytes=MAX_BYTES, balance=balance, servers="\n".join(servers))
         write_atomic(self.folder / "haproxy.cfg", text)
 

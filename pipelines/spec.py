@@ -752,7 +752,7 @@ class Guard(Model):
     max_log_loss_rise: float = Field(0.02, gt=0, description="log loss above the champion's on rows whose label is known")
     max_rss_growth_mb: float = Field(200, gt=0, description="memory above what it took at first, MB")
     min_requests: int = Field(20, ge=1, description="answers without which no step ends, and no latency is judged")
-    min_rows: int = Field(200, ge=1, description="fewest scores of either whose drift is judged")
+    min_rows: int = Field(50, ge=1, description="fewest scores of either whose drift is judged")
     alpha: float = Field(0.001, gt=0, lt=1, description="chance that a test takes a good challenger back, in a whole step")
 
 

@@ -19,8 +19,8 @@ def looks(bad: np.ndarray, share: float) -> float:
 
 def test_a_good_challenger_is_seldom_taken_back_though_every_answer_is_looked_at() -> None:
     draw = np.random.default_rng(1)
-    wrong = sum(looks(draw.random(400) < 0.05, 0.05) >= 20 for _ in range(300))
-    assert wrong / 300 <= 0.05
+    wrong = sum(looks(draw.random(200) < 0.05, 0.05) >= 20 for _ in range(100))
+    assert wrong / 100 <= 0.05
 
 
 def test_a_bad_one_is_taken_back_after_few_answers() -> None:
@@ -39,6 +39,16 @@ def test_quality_is_told_by_betting_and_seldom_wrong() -> None:
     at_margin = draw.choice([-BOUND, BOUND], (300, 300))
     assert np.mean([higher_than(d, 0.001) >= 20 for d in at_margin]) <= 0.05
     assert higher_than(np.zeros(0), 0.02) == 1
+
+
+def test_drift_is_not_taken_for_chance() -> None:
+    draw = np.random.default_rng(4)
+    rail = Guard(max_psi=0.05)
+    for _ in range(100):
+        scores = draw.random(700)
+        assert not reasons(rail, Seen(Side(scores=list(scores[:600])), Side(scores=list(scores[600:]))), 50)
+    moved = Side(scores=list(draw.random(100) * 0.6 + 0.4))
+    assert reasons(rail, Seen(Side(scores=list(scores[:600])), moved), 50)
 
 
 def side(**given: Any) -> Side:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import tempfile
 import threading
 import time
@@ -98,10 +99,10 @@ class Load:
         self._thread.join()
 
     async def _run(self) -> None:
-        began, count, waiting = time.monotonic(), 0, set()
+        draw, began, count, waiting = random.Random(7), time.monotonic(), 0, set()
         while not self._over.is_set():
             count += 1
-            task = asyncio.create_task(self._ask(count * 7 % self.users))
+            task = asyncio.create_task(self._ask(draw.randrange(self.users)))
             waiting.add(task)
             task.add_done_callback(waiting.discard)
             await asyncio.sleep(max(0.0, began + count / self.rate - time.monotonic()))

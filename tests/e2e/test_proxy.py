@@ -90,24 +90,24 @@ def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def test_traffic_is_shared_by_weight_and_a_proxy_that_is_killed_comes_back_with_the_weights(pair: Pair) -> None:
-    def shares(count: int = 40) -> list[int]:
-        said = Counter(pair.ask()[1] for _ in range(count))
-        return [said[str(port)] for port in pair.ports]
+    def share(count: int = 200) -> float:
+        """Of the second."""
+        return Counter(pair.ask()[1] for _ in range(count))[str(pair.ports[1])] / count
 
-    assert shares() == [36, 4]
+    assert 0.02 < share() < 0.2
     pair.share(50, 50)  # on disk, and not yet told
-    assert shares() == [36, 4]
+    assert 0.02 < share() < 0.2
     (killed,) = [p for p in psutil.Process(pair.service.pid).children() if p.name() == "haproxy"]
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait(5)
     pair.proxy.tell("show info")
-    assert shares() == [20, 20] and pair.service.alive()
+    assert 0.35 < share() < 0.65 and pair.service.alive()
     pair.proxy.weigh({"a": 0, "b": 100})
-    assert shares(10) == [0, 10]
+    assert share(20) == 1
     pair.proxy.close("a")
     assert pair.proxy.stat()["a"]["status"] == "MAINT"
     pair.proxy.open("a", pair.ports[0])
-    assert shares(10) == [0, 10]  # ready, and of weight 0
+    assert share(20) == 1  # ready, and of weight 0
 
 
 @pytest.mark.parametrize("pair", ["line"], indirect=True)
@@ -139,8 +139,10 @@ def test_what_was_answered_is_told(pair: Pair) -> None:
 
 
 def test_a_large_body_and_no_endpoint_are_said_in_a_sentence(pair: Pair) -> None:
-    status, text = pair.ask(b" " * 4_000_001)
-    assert status == 413 and "send fewer rows" in json.loads(text)["error"]
+    with socket.create_connection(("127.0.0.1", pair.port)) as line:
+        line.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 4000001\r\n\r\n" + b" " * 20_000)
+        answer = line.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 413") and b"send fewer rows" in answer
     for slot in "ab":
         pair.proxy.close(slot)
     status, text = pair.ask()
