@@ -162,7 +162,8 @@ def main() -> None:
     ms = np.array([(a.done - a.sent) * 1e3 for a in fine])
     figures = {
         "promotions": len(times["promote"]) + len(times["canary"]), "of_them_by_canary": len(times["canary"]),
-        "good_ones_taken_back": len(taken_back), "rollbacks": len(times["rollback"]), "requests": len(asked), "rate_rps": round(len(asked) / seconds, 1),
+        "good_ones_taken_back": len(taken_back), "rollbacks": len(times["rollback"]),
+        "requests": len(asked), "rate_rps": round(len(asked) / seconds, 1),
         "lost_requests": sum(a.lost if not one else a.status == 0 for a, one in zip(asked, hurt, strict=True)),
         "wrong_version_answers": sum(a.status == 200 and a.release not in course.allowed(a) for a in asked),
         "p50_ms": round(float(np.percentile(ms, 50)), 1), "p99_ms": round(float(np.percentile(ms, 99)), 1),

@@ -192,7 +192,8 @@ class _Driver:
                 return [f"crash: its endpoint died: {reason(Path(challenger.log))}"]
             if not champion.alive():
                 return None  # the next turn starts it again
-            seen.challenger.rss_mb = [*seen.challenger.rss_mb[:1], memory_mb(challenger)]
+            for side, service in ((seen.champion, champion), (seen.challenger, challenger)):
+                side.rss_mb = [*side.rss_mb[:1], memory_mb(service)]
             self._look(stage, champion, challenger, seen)
             if why := reasons(guard, seen, self._budget_ms):
                 return why
