@@ -177,7 +177,7 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Answered:
-    """A request as the proxy saw it: the slot that answered, whether that failed, and after how many ms."""
+    """A request as the proxy saw it: the slot that answered, whether it failed or was refused for load, after how many ms."""
 
     slot: str
     failed: bool
@@ -216,6 +216,6 @@ class Traffic:
             except (TimeoutError, ValueError):
                 continue
             if not ended.startswith("C"):
-                answered = Answered(slot, int(status) >= 500 or int(status) < 0, float(ms))
+                answered = Answered(slot, not 0 < int(status) < 500 or status == "429", float(ms))
                 with self._lock:
                     self._seen.append(answered)

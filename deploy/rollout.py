@@ -214,6 +214,13 @@ def rollback_target(home: Home, pipeline: str, to: str | None) -> Release:
     return release
 
 
+def by_steps(spec: Spec) -> bool:
+    """Whether a challenger of a pipeline has to prove itself on live traffic; where no proxy is installed it cannot."""
+    if spec.serve.rollout and not installed():
+        log.warning("%s: releases are promoted without a canary, by restart", MISSING_PROXY)
+    return spec.serve.rollout is not None and installed()
+
+
 def bento_spec(home: Home, release: Release) -> Spec:
     """The spec inside a release's bento."""
     return Spec.model_validate(json.loads((home.root / release.bento / "src/bundle/spec.json").read_text()))
