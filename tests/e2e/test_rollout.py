@@ -110,10 +110,10 @@ def test_the_command_line_shows_and_steers_what_is_on_its_way(buses: Buses, tmp_
     lines = millrace(home.root, "releases", yaml).out.splitlines()
     assert [" ".join(line.split()[:3]) for line in lines] == ["* millrace_buses:a champion", "millrace_buses:b challenger (held)"]
     assert lines[1].endswith("run made  test")
-    driven = millrace(home.root, "rollout", yaml, sets=["serve.rollout={}"])
-    assert driven.error.startswith("error: no proxy serves buses: type `millrace serve ")
-    aborted = millrace(home.root, "rollout", yaml, "--abort", "--json")
-    assert aborted.answer["state"] == "retired" and under_way(stages_of(home, "buses")) is None
+    with pytest.raises(MillraceError, match="no proxy serves buses: type `millrace serve buses"):
+        roll_out(home, by_steps(buses.spec), tell=print)
+    with pytest.raises(MillraceError, match="buses has no rollout: write serve: "):
+        roll_out(home, buses.spec, tell=print)
 
 
 # --- live ---
