@@ -89,7 +89,7 @@ def _stage(spec: Spec, files_in: list[Path], defs_digest: str, scratch: Path, ne
     bundle.mkdir()
     for path in files_in:
         shutil.copyfile(path, bundle / path.name)
-    body = spec.model_dump(mode="json", by_alias=True, exclude={"tracking"})
+    body = spec.model_dump(mode="json", by_alias=True, exclude={"tracking": True, "serve": {"rollout"}})
     (bundle / "spec.json").write_text(json.dumps(body, sort_keys=True, indent=1))
     about = {"pipeline": spec.pipeline, "defs_digest": defs_digest, "code": code_digest("features"), "direct": needed}
     write_json(bundle / "bundle.json", about)

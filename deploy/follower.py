@@ -194,7 +194,7 @@ def _ended(home: Home, folder: Path, manifest: Mapping[str, Any]) -> Ended:
     best = {f"best.{name}": value for name, value in flat(manifest["hyper_parameters"])}
     model = tuple(p for p in sorted(train.iterdir()) if p.is_file() and p.name not in ("done.json", "page.md"))
     return Ended(best, _numbers(metrics), tags, tuple(folder / name for name in FILES if (folder / name).is_file()), model,
-                 manifest["release"] if manifest["outcome"] == "promoted" else "")  # fmt: skip
+                 manifest["release"] if manifest["outcome"] in ("promoted", "challenger") else "")  # fmt: skip
 
 
 def _give_way(nice: int) -> None:

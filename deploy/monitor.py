@@ -62,7 +62,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
     log = _answers(home, pipeline, release)
     manifest = read_json(home.runs(pipeline) / release.run_id / "manifest.json")
     promised = {m: v["value"] for m, v in manifest["metrics"][CHALLENGER].items()}
-    label, scores = _outcomes(spec, home, log)
+    label, scores = outcomes(spec, home, log)
     known = label >= 0
     quality = metric_values(label[known].astype(np.float64), scores[known]) if known.any() else {}
     quality = {m: round(v, 6) for m, v in quality.items() if np.isfinite(v)}
@@ -113,7 +113,7 @@ def _skew(home: Home, pipeline: str, release: Release) -> tuple[Skew | None, str
         return None, str(error)
 
 
-def _outcomes(spec: Spec, home: Home, log: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def outcomes(spec: Spec, home: Home, log: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Label (1, 0, −1 where not known yet) and score of each answer."""
     if not log.num_rows:
         return np.zeros(0, np.int8), np.zeros(0)

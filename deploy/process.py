@@ -1,5 +1,6 @@
 """Endpoint processes: start one from a bento, wait until it is ready, find it again, stop it."""
 
+import ctypes
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import psutil
 
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
-from pipelines.manifest import read_json, write_json
+from pipelines.manifest import ROOT, read_json, write_json
 
 NOT_READY_S = 15.0  # how long an endpoint may say that it is not ready
 
@@ -34,6 +35,7 @@ class Service:
     log: str
     offset_us: int = 0  # added to the data clock
     rules: str = ""  # of `serve`, by which it lets requests in
+    shadow: bool = False  # it answers copies, and logs elsewhere
 
     @property
     def url(self) -> str:
@@ -66,9 +68,13 @@ def port_is_free(port: int) -> bool:
 
 
 def start(
-    home: Home, bento: Path, *, port: int, release: str, log: Path, extra: dict[str, str], wait_s: float = 90
-) -> Service:
-    """An endpoint that answered /readyz. Raises MillraceError with its last words when it does not come up."""
+    home: Home, bento: Path, *, port: int, release: str, log: Path, extra: dict[str, str], wait_s: float = 90,
+    name: str = "", shadow: bool = False,
+) -> Service:  # fmt: skip
+    """An endpoint that answered /readyz. Raises MillraceError with its last words when it does not come up.
+
+    With a `name` it is remembered under it from its first moment, so that it is found again whoever is killed.
+    """
     if not port_is_free(port):
         raise MillraceError(
             f"port {port} is taken; stop what listens there (`millrace down`), or choose another: --set serve.port=PORT"
@@ -83,10 +89,17 @@ def start(
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=src, env=env, stdout=out, stderr=out, start_new_session=True)
     service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release, str(log),
-                      int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")), extra.get("MILLRACE_RULES", ""))  # fmt: skip
-    deadline, said = time.monotonic() + wait_s, ""
+                      int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")), extra.get("MILLRACE_RULES", ""), shadow)  # fmt: skip
+    if name:
+        remember(home, name, service)
+    return wait_until_ready(service, wait_s=wait_s, since=before)
+
+
+def wait_until_ready(service: Service, *, wait_s: float = 90, since: int = 0) -> Service:
+    """An endpoint that answered /readyz. Raises MillraceError with its last words, and stops it, when it does not."""
+    log, deadline, said = Path(service.log), time.monotonic() + wait_s, ""
     while time.monotonic() < deadline:
-        if process.poll() is not None or "Application startup failed" in last_words(log, since=before):
+        if not service.alive() or "Application startup failed" in last_words(log, since=since):
             break  # BentoML would start its worker again and again
         try:
             with urllib.request.urlopen(f"{service.url}/readyz", timeout=2):
@@ -97,7 +110,29 @@ def start(
         except OSError:
             time.sleep(0.1)
     stop(service)
-    raise MillraceError(f"the endpoint of {release} did not become ready: {said or reason(log, since=before)} (log: {log})")
+    why = said or reason(log, since=since)
+    raise MillraceError(f"the endpoint of {service.release} did not become ready: {why} (log: {log})")
+
+
+def spawn(
+    home: Home, name: str, command: list[str], port: int, extra: dict[str, str], *, tied: bool = False, release: str = ""
+) -> Service:  # fmt: skip
+    """Starts a Python module and remembers it. `tied`: it dies with us."""
+    log = home.services(name) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **process_env(home), **extra}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True,
+            preexec_fn=_die_with_parent if tied else None,
+        )  # fmt: skip
+    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release or name, str(log))
+    remember(home, name, service)
+    return service
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def last_words(log: Path, lines: int = 6, *, since: int = 0) -> str:

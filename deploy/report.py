@@ -306,6 +306,8 @@ def _lead(found: Findings) -> str:
         return f"{release} is the champion: the same model as {found.run.parent}, packaged anew, and answers as it was trained."
     if found.manifest["outcome"] == "promoted":
         return f"{release} is the champion: it is better than {_bar(found.evaluation)}, and answers as it was trained."
+    if found.manifest["outcome"] == "challenger":
+        return f"{release} is better than {_bar(found.evaluation)}; it now has to prove itself on live traffic."
     if found.manifest["outcome"] == "unchanged":
         return f"The challenger equals the champion {release}, which goes on serving."
     return f"What serves stays as it is: {release}." if release else "There is no champion yet, and nothing is served."

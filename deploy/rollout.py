@@ -3,13 +3,17 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import load_bento
 from deploy.contents import SUMS, unlike
+from deploy.proxy import MISSING as MISSING_PROXY
+from deploy.proxy import installed
+from deploy.stages import CHALLENGER, Stage, stages, under_way
 from features.cells import StoreDown, open_cells
 from features.feed import feed, feed_changes, is_fed
 from features.ingest import Snapshot, ingest, read_snapshot
@@ -26,7 +30,7 @@ from pipelines.run import Run, accepted
 from pipelines.spec import Spec
 
 log = logging.getLogger("millrace.rollout")
-KEPT = 3  # releases whose served store is fed: the champion and those before it
+KEPT = 3  # releases whose served store is fed: the champion and those before it; beside one that is on its way
 
 
 @dataclass(frozen=True)
@@ -94,30 +98,106 @@ def _append(home: Home, pipeline: str, event: str, body: dict[str, Any], why: st
         os.fsync(file.fileno())
 
 
-def promote(home: Home, pipeline: str, release: Release, *, expected: str, why: str) -> bool:
-    """Moves the pointer from `expected` to the release. False when it was there already.
+def promote(
+    home: Home, pipeline: str, release: Release, *, expected: str, why: str, seen: Mapping[str, Any] | None = None
+) -> bool:  # fmt: skip
+    """Moves the pointer from `expected` to the release. False when it was there already; `seen`: what its canary showed.
 
     Raises Refused when another release has taken the place of `expected` meanwhile.
     """
-    with lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True):
-        now = champion(home, pipeline)
-        current = now.release if now else ""
+    with _changing(home, pipeline):
+        current = _current(home, pipeline)
         if current == release.release:
+            _settle(home, pipeline, current)
             return False
-        if current != expected:
-            raise Refused(
-                f"the champion of {pipeline} is {current or 'none'} and not {expected or 'none'}, from which this run "
-                "started: run again to be judged against it"
-            )
-        if release.release not in {r.release for r in released(home, pipeline)}:
-            _append(home, pipeline, "release", asdict(release), why)
+        _expect(pipeline, current, expected)
+        _make_known(home, pipeline, release, why)
         write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
-        _append(home, pipeline, "promote", {"release": release.release, "from": current}, why)
+        _append(home, pipeline, "promote", {"release": release.release, "from": current, **({"seen": seen} if seen else {})}, why)
     return True
+
+
+def challenge(home: Home, pipeline: str, release: Release, *, expected: str, why: str) -> bool:
+    """Notes a release that is to replace `expected` by steps; one that was on its way is retired. False when it was noted.
+
+    Raises Refused as `promote` does.
+    """
+    with _changing(home, pipeline):
+        current = _current(home, pipeline)
+        open_now = under_way(stages_of(home, pipeline))
+        if release.release == current or (open_now and open_now.release == release.release):
+            return False
+        _expect(pipeline, current, expected)
+        _make_known(home, pipeline, release, why)
+        if open_now:
+            _append(home, pipeline, "retire", {"release": open_now.release}, f"{release.release} took its place")
+        _append(home, pipeline, CHALLENGER, {"release": release.release, "from": current}, why)
+    return True
+
+
+def step(home: Home, pipeline: str, stage: Stage, event: str, *, why: str, **body: Any) -> bool:
+    """Notes the next step of the release on its way; False where that is no longer where it was left."""
+    with _changing(home, pipeline):
+        now = under_way(stages_of(home, pipeline))
+        if now is None or (now.release, now.state, now.share) != (stage.release, stage.state, stage.share):
+            return False
+        _append(home, pipeline, event, {"release": stage.release, **body}, why)
+    return True
+
+
+def stages_of(home: Home, pipeline: str) -> dict[str, Stage]:
+    """Where every release stands, oldest first."""
+    return stages(events(home, pipeline), _current(home, pipeline))
+
+
+def settle(home: Home, pipeline: str) -> None:
+    """Notes a promotion that was killed between pointer and log."""
+    with _changing(home, pipeline):
+        _settle(home, pipeline, _current(home, pipeline))
+
+
+def _settle(home: Home, pipeline: str, current: str) -> None:
+    moves = [e["body"] for e in events(home, pipeline) if e["event"] in ("promote", "rollback")]
+    before = moves[-1]["release"] if moves else ""
+    if current and current != before:
+        _append(home, pipeline, "promote", {"release": current, "from": before}, "the pointer had moved when its writer died")
+
+
+def _changing(home: Home, pipeline: str) -> AbstractContextManager[None]:
+    return lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True)
+
+
+def _current(home: Home, pipeline: str) -> str:
+    pointer = home.releases(pipeline) / "champion.json"
+    return str(read_json(pointer)["release"]) if pointer.exists() else ""
+
+
+def _expect(pipeline: str, current: str, expected: str) -> None:
+    if current != expected:
+        raise Refused(
+            f"the champion of {pipeline} is {current or 'none'} and not {expected or 'none'}, from which this run "
+            "started: run again to be judged against it"
+        )
+
+
+def _make_known(home: Home, pipeline: str, release: Release, why: str) -> None:
+    if release.release not in {r.release for r in released(home, pipeline)}:
+        _append(home, pipeline, "release", asdict(release), why)
 
 
 def rollback(home: Home, pipeline: str, *, to: str | None = None, why: str) -> Release:
     """Moves the pointer back, to the release before the champion or to a named one. Raises Refused for a bento that changed."""
+    settle(home, pipeline)
+    release = rollback_target(home, pipeline, to)
+    with _changing(home, pipeline):
+        now = _current(home, pipeline)
+        write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
+        _append(home, pipeline, "rollback", {"release": release.release, "from": now}, why)
+    return release
+
+
+def rollback_target(home: Home, pipeline: str, to: str | None) -> Release:
+    """The release to go back to: the one named, or that before the champion. Raises MillraceError."""
     now = champion(home, pipeline)
     if now is None:
         raise MillraceError(f"{pipeline} has no champion: nothing to roll back")
@@ -131,10 +211,14 @@ def rollback(home: Home, pipeline: str, *, to: str | None = None, why: str) -> R
     src = bento_folder(home, release) / "src"
     if (src / SUMS).is_file() and (wrong := unlike(src)):  # older bentos have no such list
         raise Refused(wrong)
-    with lock(home.lock(f"releases-{pipeline}"), what=f"a release of {pipeline}", wait=True):
-        write_json(home.releases(pipeline) / "champion.json", {"release": release.release})
-        _append(home, pipeline, "rollback", {"release": release.release, "from": now.release}, why)
     return release
+
+
+def by_steps(spec: Spec) -> bool:
+    """Whether a challenger of a pipeline has to prove itself on live traffic; where no proxy is installed it cannot."""
+    if spec.serve.rollout and not installed():
+        log.warning("%s: releases are promoted without a canary, by restart", MISSING_PROXY)
+    return spec.serve.rollout is not None and installed()
 
 
 def bento_spec(home: Home, release: Release) -> Spec:
@@ -164,9 +248,17 @@ def feed_all(
     return fed
 
 
+def kept_releases(home: Home, pipeline: str) -> list[Release]:
+    """Whose served store is fed, oldest release first: the last champions, the one of now included, and who is on its way."""
+    moves = [e["body"]["release"] for e in events(home, pipeline) if e["event"] in ("promote", "rollback")]
+    names = set(list(dict.fromkeys([_current(home, pipeline), *reversed(moves)]))[:KEPT])
+    coming = under_way(stages_of(home, pipeline))
+    return [r for r in released(home, pipeline) if r.release in names or (coming and r.release == coming.release)]
+
+
 def served_stores(home: Home, pipeline: str, at: str) -> list[tuple[Release, Spec, Path | str]]:
     """The kept releases, what each means by its features, and where its served store lies."""
-    kept = [(release, bento_spec(home, release)) for release in released(home, pipeline)[-KEPT:]]
+    kept = [(release, bento_spec(home, release)) for release in kept_releases(home, pipeline)]
     return [(r, spec, served_store(at, pipeline, home.online(pipeline, defs_digest(spec)))) for r, spec in kept]
 
 
@@ -220,7 +312,7 @@ def bento_folder(home: Home, release: Release) -> Path:
 
 @dataclass(frozen=True)
 class Released:
-    """What a run did to the champion: promoted, refused or unchanged; and which stores were fed."""
+    """What a run did to the champion: promoted, challenger (by steps), refused or unchanged; and which stores were fed."""
 
     outcome: str
     release: str
@@ -247,11 +339,16 @@ def release_run(
             name = built.tag
             new = Release(built.tag, built.path, run.run_id, run.snapshot, run.as_of_us, features.defs_digest,
                           run.parent, reasons, seen_until(spec, run.as_of_us))  # fmt: skip
-            promote(home, run.pipeline, new, expected=run.parent, why="; ".join(reasons))
+            if outcome == "promoted" and run.parent and by_steps(spec):
+                challenge(home, run.pipeline, new, expected=run.parent, why="; ".join(reasons))
+                outcome = "promoted" if _current(home, run.pipeline) == new.release else CHALLENGER
+            else:
+                promote(home, run.pipeline, new, expected=run.parent, why="; ".join(reasons))
     anchor = Anchor(run.as_of_us, run.anchor_wall_us)
     fed = tuple(feed_all(home, run.pipeline, snapshot, anchor, features, at=spec.serve.store))
     shown = name or "no champion"
     line = {"promoted": f"{shown} is champion", "refused": f"refused; {shown} stays",
+            CHALLENGER: f"{shown} is to prove itself: `millrace rollout {run.pipeline}`",
             "unchanged": f"equal to the champion {shown}"}[outcome]  # fmt: skip
     line += f"; {len(fed)} store(s) fed" if fed else ""
     page = home.releases(run.pipeline) / "page.md"

@@ -60,7 +60,8 @@ def champion_run(home: Home, pipeline: str) -> str:
     """The run that made the champion; empty where there is none."""
     pointer = home.releases(pipeline) / "champion.json"
     release = read_json(pointer)["release"] if pointer.is_file() else ""
-    made = [m["run_id"] for m in finished(home, pipeline) if m["outcome"] == "promoted" and m["release"] == release]
+    made = [m["run_id"] for m in finished(home, pipeline)
+            if m["outcome"] in ("promoted", "challenger") and m["release"] == release]  # fmt: skip
     return made[0] if made else ""
 
 

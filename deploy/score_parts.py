@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deploy.rollout import KEPT, Release, bento_folder, bento_spec, champion, find_release, released
+from deploy.rollout import KEPT, Release, bento_folder, bento_spec, champion, find_release, kept_releases
 from deploy.tables import Counts, Job, Part, Way, check_columns, find_files, in_path, open_source, way_of
 from features.cells import PUSHED, copy_cells
 from features.online import OnlineStore, layouts, served_store
@@ -203,9 +203,9 @@ class _Scoring:
 
     def _pin_store(self) -> dict[str, Any]:
         """Copies the served store, so that all rows see one state of it, however long they take; which, and as of when."""
-        if self.release.release not in {r.release for r in released(self.home, self.pipeline)[-KEPT:]}:
+        if self.release.release not in {r.release for r in kept_releases(self.home, self.pipeline)}:
             raise MillraceError(
-                f"the served store of {self.release.release} is no longer fed (the last {KEPT} releases are); score rows that "
+                f"the served store of {self.release.release} is no longer fed (the last {KEPT} champions' are); score rows that "
                 "hold their features, or take a newer release"
             )
         place = served_store(self.at, self.pipeline, self.home.online(self.pipeline, self.release.defs_digest))

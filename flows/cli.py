@@ -93,6 +93,7 @@ def _time(context: click.Context, option: click.Parameter, text: str | None) -> 
 
 
 _pipeline = click.argument("pipeline")
+_why = click.option("--why", default="by hand", help="Reason, for the log.")
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Changes a field of the spec.")
 
 
@@ -318,18 +319,21 @@ def skew(pipeline: str, since: str | None, until: str | None, rows: int) -> Answ
 @_verb
 @_pipeline
 def releases(pipeline: str) -> Answer:
-    """The releases of a pipeline, newest last, and which is champion."""
+    """The releases of a pipeline, newest last: which is champion, where each of them stands, and why."""
     home, spec = open_home(), load_spec(pipeline)
-    from deploy.rollout import champion, released
+    from deploy.rollout import champion, released, stages_of
     from pipelines.clock import iso
 
-    now, found = champion(home, spec.pipeline), released(home, spec.pipeline)
+    now, found, at = champion(home, spec.pipeline), released(home, spec.pipeline), stages_of(home, spec.pipeline)
+    width = max((len(stage.words) for stage in at.values()), default=0)
     lines = [
-        f"{'*' if now and r.release == now.release else ' '} {r.release}  as of {iso(r.as_of_us)}  run {r.run_id}"
+        f"{'*' if now and r.release == now.release else ' '} {r.release}  {at[r.release].words:<{width}}  "
+        f"as of {iso(r.as_of_us)}  run {r.run_id}  {at[r.release].why}"
         for r in found
     ]
+    listed = [{**asdict(r), "stage": asdict(at[r.release])} for r in found]
     return {"text": "\n".join(lines) or f"{spec.pipeline} has no release: type `millrace run {pipeline}`",
-            "champion": now.release if now else "", "releases": [asdict(r) for r in found]}  # fmt: skip
+            "champion": now.release if now else "", "releases": listed}  # fmt: skip
 
 
 @_verb
@@ -377,16 +381,81 @@ def verify(pipeline: str, release: str | None) -> Answer:
 @_verb
 @_pipeline
 @click.option("--to", help="Release to go back to; default: the one before the champion.")
-@click.option("--why", default="by hand", help="Reason, for the log.")
+@_why
 def rollback(pipeline: str, to: str | None, why: str) -> Answer:
-    """Makes an earlier release the champion again."""
-    from deploy.rollout import rollback as back
-    from deploy.tracking import mirror
+    """Makes an earlier release the champion again; behind the proxy it answers when this returns."""
+    from deploy.live import roll_back
 
     home, spec = open_home(), load_spec(pipeline)
-    release = back(home, spec.pipeline, to=to, why=why)
+    _prepared(home)
+    return _champion_now(home, spec, roll_back(home, spec.pipeline, to=to, why=why, at=spec.serve.store))
+
+
+@_verb
+@_pipeline
+@click.argument("release")
+@click.option("--canary", is_flag=True, help="By the steps of serve.rollout, in the foreground; default: at once.")
+@_why
+@_set
+def promote(pipeline: str, release: str, canary: bool, why: str, overrides: tuple[str, ...]) -> Answer:
+    """Makes a release the champion: at once, or by the steps of a rollout."""
+    from deploy.live import promote_now
+    from deploy.rollout import challenge, champion, find_release
+
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    _prepared(home)
+    wanted = find_release(home, spec.pipeline, release)
+    if not canary:
+        promote_now(home, spec.pipeline, wanted, why=why)
+        return _champion_now(home, spec, wanted)
+    if spec.serve.rollout is None:
+        raise UsageError("the spec has no serve.rollout: write serve: {rollout: {}}, or add --set serve.rollout={}")
+    now = champion(home, spec.pipeline)
+    challenge(home, spec.pipeline, wanted, expected=now.release if now else "", why=why)
+    return _rolled_out(home, spec)
+
+
+@_verb
+@_pipeline
+@click.option("--hold", "order", flag_value="hold", help="Stay at this step; the guard rails watch on.")
+@click.option("--resume", "order", flag_value="resume", help="Go on.")
+@click.option("--abort", "order", flag_value="retire", help="Take the challenger back.")
+@_why
+@_set
+def rollout(pipeline: str, order: str | None, why: str, overrides: tuple[str, ...]) -> Answer:
+    """Brings the challenger through shadow and canary to its end, and goes on where it was killed; or steers it."""
+    home, spec = open_home(), load_spec(pipeline, overrides)
+    _prepared(home)
+    if order is None:
+        return _rolled_out(home, spec)
+    from deploy.live import reconcile
+    from deploy.rollout import stages_of, step
+    from deploy.stages import under_way
+
+    stage = under_way(stages_of(home, spec.pipeline))
+    if stage is None or not step(home, spec.pipeline, stage, order, why=why):
+        raise MillraceError(f"no release of {spec.pipeline} is on its way")
+    reconcile(home, spec.pipeline)
+    now = stages_of(home, spec.pipeline)[stage.release]
+    return {"text": f"{now.release}: {now.words}", **asdict(now)}
+
+
+def _rolled_out(home: Home, spec: Spec) -> Answer:
+    from deploy.canary import roll_out
+    from deploy.tracking import mirror
+
+    found = roll_out(home, spec, tell=partial(print, file=sys.stderr, flush=True))
     note = mirror(home, spec.pipeline, spec.tracking)
-    text = f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {pipeline}`"
+    report, code = str(home.root / found.report), 0 if found.outcome == "promoted" else 3
+    text = "\n".join(filter(None, (found.line, f"report: {report}", note)))
+    return {"text": text, **asdict(found), "report": report, "exit_code": code}
+
+
+def _champion_now(home: Home, spec: Spec, release: Any) -> Answer:
+    from deploy.tracking import mirror
+    from flows.serving import take_over
+
+    text, note = take_over(home, spec, release), mirror(home, spec.pipeline, spec.tracking)
     return {"text": "\n".join(filter(None, (text, note))), "release": release.release, "note": note}
 
 

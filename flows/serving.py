@@ -1,28 +1,25 @@
 """What runs on this machine: the endpoint of each pipeline, the Prefect server and its worker."""
 
-import ctypes
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from deploy.process import Service, free_port, port_is_free, reason, remember, running, start, stop
-from deploy.rollout import Release, bento_folder, champion, feed_elsewhere
-from features.online import served_store
+from deploy import live
+from deploy.live import admin_name
+from deploy.process import Service, free_port, port_is_free, reason, remember, running, spawn, start, stop
+from deploy.proxy import MISSING, Proxy, installed
+from deploy.rollout import Release, bento_folder, by_steps, champion, feed_elsewhere
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT
 from pipelines.spec import Spec
 
-RULES = ("access_log", "api_keys", "rate_limit")  # of `serve`: they hold from the next `millrace serve`, for any release
 SERVER, WORKER = "prefect-server", "prefect-worker"
 
 
@@ -39,7 +36,12 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     wanted = port if port is not None else spec.serve.port
     if wanted == 0:  # any
         wanted = now.port if now is not None and background else free_port()
-    rules = _rules(spec)
+    behind = live.serving(home, spec.pipeline)
+    if by_steps(spec):
+        return _serve_live(home, spec, port=port, background=background)
+    if behind is not None:
+        stop_all(home, spec.pipeline)
+    rules = live.rules_of(spec)
     if now is not None:
         same = now.release == release.release and now.port == wanted and now.offset_us == offset and now.rules == rules
         if background and same:
@@ -59,8 +61,14 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     remember(home, spec.pipeline, service)
     if background:
         return service
-    taking = running(home, admin_name(spec.pipeline))
-    print(f"{release.release} answers on {service.url} (Ctrl-C stops it)" +
+    _stay(home, spec.pipeline, service)
+    return None
+
+
+def _stay(home: Home, pipeline: str, service: Service) -> None:
+    """Returns when the endpoint was stopped."""
+    taking = running(home, admin_name(pipeline))
+    print(f"{service.release} answers on {service.url} (Ctrl-C stops it)" +
           (f"; it takes events on {taking.url}/push" if taking else ""), file=sys.stderr, flush=True)  # fmt: skip
     try:
         while service.alive():
@@ -68,34 +76,60 @@ def serve_champion(home: Home, spec: Spec, *, port: int | None, background: bool
     except KeyboardInterrupt:
         pass
     finally:
-        stop_all(home, spec.pipeline)
+        stop_all(home, pipeline)
+
+
+def _serve_live(home: Home, spec: Spec, *, port: int | None, background: bool) -> Service | None:
+    """The champion, and who is on its way, behind the pipeline's proxy: the one that runs, if it was told the same."""
+    told, proxy = live.serving(home, spec.pipeline), Proxy(home, spec.pipeline)
+    wanted = port if port is not None else spec.serve.port
+    offset = spec.clock.offset if spec.clock else 0
+    now = proxy.running()
+    if wanted == 0:  # any
+        wanted = now.port if now is not None and background else free_port()
+    assert spec.serve.rollout is not None
+    asked = (wanted, offset, spec.serve.store, spec.serve.workers, spec.serve.rollout.sticky or "", live.rules_of(spec))
+    if background and told and now and asked == (
+        told.port, told.offset_us, told.store, told.workers, told.sticky, told.rules
+    ):  # fmt: skip
+        with suppress(live.NotReady):  # the champion answers; who drives the rollout takes the challenger back
+            live.reconcile(home, spec.pipeline)
+        return _as_champion(home, spec.pipeline, now)
+    stop_all(home, spec.pipeline)
+    service = live.serve_live(home, spec, wanted)
+    if background:
+        return _as_champion(home, spec.pipeline, service)
+    _stay(home, spec.pipeline, _as_champion(home, spec.pipeline, service))
     return None
 
 
-def _rules(spec: Spec) -> str:
-    return json.dumps({name: getattr(spec.serve, name) for name in RULES})
+def _as_champion(home: Home, pipeline: str, proxy: Service) -> Service:
+    """The proxy under the name of the release that answers."""
+    release = champion(home, pipeline)
+    return replace(proxy, release=release.release if release else "nothing")
 
 
 def _store(home: Home, spec: Spec, release: Release) -> Path | str:
-    return served_store(spec.serve.store, spec.pipeline, home.online(spec.pipeline, release.defs_digest))
+    return live.store_of(home, spec.pipeline, release, spec.serve.store)
 
 
 def _start_admin(home: Home, spec: Spec, release: Release, offset_us: int) -> None:
     """The process that takes events into the store of the endpoint; it needs a second until it answers."""
-    port = spec.serve.admin_port or free_port()
-    _spawn(home, admin_name(spec.pipeline), ["deploy.admin", spec.pipeline, str(_store(home, spec, release)), str(port)], port,
-           {"MILLRACE_CLOCK_OFFSET_US": str(offset_us), "MILLRACE_RULES": _rules(spec)})  # fmt: skip
+    live.spawn_admin(home, spec.pipeline, str(_store(home, spec, release)), spec.serve.admin_port or free_port(), offset_us,
+                     live.rules_of(spec))  # fmt: skip
 
 
-def admin_name(pipeline: str) -> str:
-    """Under which name the admin process of a pipeline's endpoint is remembered."""
-    return f"{pipeline}.admin"
+def endpoint_of(home: Home, pipeline: str) -> Service | None:
+    """What answers for a pipeline, behind a proxy or by itself."""
+    proxy = Proxy(home, pipeline).running()
+    return running(home, pipeline) if proxy is None else _as_champion(home, pipeline, proxy)
 
 
 def stop_all(home: Home, pipeline: str | None) -> list[str]:
     """Stops the endpoint of one pipeline, or every process of the home; names what was stopped."""
     every = sorted(p.name for p in (home.root / "services").glob("*") if p.is_dir())
-    names = [pipeline, admin_name(pipeline)] if pipeline else every
+    names = [n for n in every if n.partition(".")[0] == pipeline] if pipeline else every
+    names.sort(key=lambda name: not name.endswith(".proxy"))  # the proxy first: no request goes where nobody is
     stopped = []
     for name in names:
         service = running(home, name)
@@ -107,17 +141,33 @@ def stop_all(home: Home, pipeline: str | None) -> list[str]:
 
 def status_of(home: Home) -> dict[str, Any]:
     """Champion and endpoint of every pipeline, and the Prefect server."""
-    pipelines = sorted({p.name for kind in ("releases", "runs", "services") for p in (home.root / kind).glob("*")})
+    folders = (p for kind in ("releases", "runs", "services") for p in (home.root / kind).glob("*"))
+    pipelines = sorted({p.name.removesuffix(".proxy") for p in folders})
     found: dict[str, Any] = {}
     lines = []
     for name in pipelines:
-        release, service = champion(home, name), running(home, name)
+        if "." in name:  # what belongs to the endpoint of a pipeline
+            continue
+        release, service = champion(home, name), endpoint_of(home, name)
         if release is None and service is None:
             continue
         found[name] = {"champion": release.release if release else "", "endpoint": asdict(service) if service else None}
         where = f"{service.release} answers on {service.url}" if service else "no endpoint runs"
         lines.append(f"{name}: champion {release.release}; {where}" if release else f"{name}: {where}")
     return {"text": "\n".join(lines) or "nothing was released yet and nothing runs", "pipelines": found}
+
+
+def take_over(home: Home, spec: Spec, release: Release) -> str:
+    """Says that a release is champion. Behind the proxy it answers by now; elsewhere that takes a restart: made where the spec
+    wants rollouts, else said.
+    """
+    now = running(home, spec.pipeline)
+    if live.serving(home, spec.pipeline):
+        return f"{release.release} is champion, and answers"
+    if spec.serve.rollout is None or now is None:
+        return f"{release.release} is champion; restart the endpoint to serve it: `millrace serve {spec.pipeline}`"
+    serve_champion(home, spec, port=now.port, background=True)
+    return f"{release.release} is champion, and answers after a restart" + ("" if installed() else f": {MISSING}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +199,7 @@ def spawn_server(home: Home, port: int, *, tied: bool = False) -> Service:
         # slots that runs hold outlive the server; in memory they would be lost with it, and the runs cancelled
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
-    return _spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env, tied=tied)
+    return spawn(home, SERVER, ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], port, env, tied=tied)
 
 
 def wait_for_server(server: Service, *, wait_s: float = 120) -> None:
@@ -175,25 +225,5 @@ def _start_worker(home: Home, api: str) -> str:
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise MillraceError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-400:]}")
-    _spawn(home, WORKER, ["flows.sweep", "--pool", "local"], 0, {"PREFECT_API_URL": api})
+    spawn(home, WORKER, ["flows.sweep", "--pool", "local"], 0, {"PREFECT_API_URL": api})
     return "worker: takes the schedules of prefect.yaml"
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _spawn(
-    home: Home, name: str, command: list[str], port: int, extra: dict[str, str], *, tied: bool = False
-) -> Service:  # fmt: skip
-    log = home.services(name) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, **process_env(home), **extra}
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True,
-            preexec_fn=_die_with_parent if tied else None,
-        )  # fmt: skip
-    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, name, str(log))
-    remember(home, name, service)
-    return service

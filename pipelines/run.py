@@ -12,7 +12,8 @@ from pipelines.manifest import Artifact, digest_of, lock, read_json, write_json
 from pipelines.spec import Spec
 
 # what the answer to a question does not depend on: where it is served, and on how many processes
-_NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store", "inference", "max_gap"},
+_NOT_RESULT = {"serve": {"port", "admin_port", "workers", "log_flush", "store", "inference", "max_gap", "rollout", "access_log",
+                         "api_keys", "rate_limit"},
                "train": {"ranks", "checkpoint_every", "max_restarts", "hang_after", "strategy", "profile", "power"},
                "tune": {"workers"}, "sample": True, "monitor": True, "versions": True, "tracking": True}  # fmt: skip
 

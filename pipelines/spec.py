@@ -750,6 +750,36 @@ class Gate(Model):
     slices: tuple[str, ...] = Field((), description="row columns or calendar parts by which quality is shown")
 
 
+class Guard(Model):
+    """When a challenger that takes traffic is taken back; sequential tests, so that every look counts."""
+
+    max_error_share: float = Field(0.01, gt=0, lt=1, description="share of answers that may fail, or what the champion's do")
+    max_latency_ratio: float = Field(3, gt=1, description="of the p99 to the champion's (at least the latency budget)")
+    max_psi: float = Field(0.25, gt=0, description="population stability index of its scores against the champion's")
+    max_log_loss_rise: float = Field(0.02, gt=0, description="log loss above the champion's on rows whose label is known")
+    max_rss_growth_mb: float = Field(200, gt=0, description="memory above what it took at first, MB")
+    min_requests: int = Field(20, ge=1, description="answers without which no step ends, and no latency is judged")
+    min_rows: int = Field(50, ge=1, description="fewest scores of either whose drift is judged")
+    alpha: float = Field(0.001, gt=0, lt=1, description="chance that a test takes a good challenger back, in a whole step")
+
+
+class Rollout(Model):
+    """How a challenger becomes champion: behind a proxy, little by little."""
+
+    shadow: Duration = Field(30_000_000, ge=0, description="time in which it answers a copy (0s: none)", validate_default=True)
+    canary: tuple[Annotated[int, Field(ge=1, le=99)], ...] = Field((5, 25, 50), description="rising shares of traffic, percent")
+    step: Length = Field(60_000_000, description="time at each share", validate_default=True)
+    sticky: str | None = Field(None, description="column of the request by whose value a share is drawn; null: each request")
+    guard: Guard = Guard()
+
+    @field_validator("canary")
+    @classmethod
+    def _rising(cls, shares: tuple[int, ...]) -> tuple[int, ...]:
+        if any(a >= b for a, b in pairwise(shares)):
+            raise ValueError(f"{list(shares)} does not rise: write it as [5, 25, 50]")
+        return shares
+
+
 class Serve(Model):
     """The endpoint and its budget."""
 
@@ -775,15 +805,20 @@ class Serve(Model):
     log_hash: tuple[str, ...] = Field(
         (), description="the same of which a keyed hash is logged: text; the key lies in the home"
     )
-
-    def shown(self, name: str) -> bool:
-        """Whether a feature is in the prediction log as it was served."""
-        return name not in self.log_drop and name not in self.log_hash
     access_log: Literal["off", "slow", "all"] = Field(
         "slow", description="requests that are logged as JSON lines; slow: those beyond the latency budget, and failures"
     )
     api_keys: bool = Field(False, description="answer only who brings a key made by `millrace key`")
     rate_limit: float = Field(0.0, ge=0, description="requests a second of one key or address, over all workers; 0: any")
+    rollout: Rollout | None = Field(None, description="releases by steps, behind HAProxy; null: at once, by restart")
+
+    def shown(self, name: str) -> bool:
+        """Whether a feature is in the prediction log as it was served."""
+        return name not in self.log_drop and name not in self.log_hash
+
+    @model_serializer(mode="wrap")
+    def _only_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in dump(self).items() if k != "rollout" or v}
 
 
 class Monitor(Model):
@@ -937,6 +972,9 @@ class _Check:
         self.check_derived()
         for column in spec.serve.request:
             self.column(spec.rows.source, column, "serve.request")
+        sticky = spec.serve.rollout.sticky if spec.serve.rollout else None
+        if sticky is not None and sticky not in (known := [*spec.row_key, *spec.serve.request]):
+            raise ValueError(f"serve.rollout.sticky: {sticky!r} is not in a request (it has {', '.join(known)})")
 
     def check_source(self, name: str, source: Source) -> None:
         where = f"sources.{name}"

@@ -47,6 +47,9 @@ KINDS = (
     "inference: a compiled file that is damaged, missing, or made for another CPU",
     "text: a column that is none, a folder that is no encoder, an encoder that cannot be made",
     "training: a cap, budget or schedule of power that is wrong or cannot be kept",
+    "releases: a challenger that hangs, answers NaN, crashes on start, needs an unknown feature, leaks memory",
+    "releases: a controller or a proxy that is killed", "releases: no proxy installed, a port taken",
+    "releases: a client that sends slowly, a body too large, no endpoint ready",
     "tracking: a package that is not installed", "tracking: a server that is down, or never answers",
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from pipelines.home import Home
 from pipelines.manifest import Artifact, write_json
 from pipelines.run import Run
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
+from tests.e2e.releases import by_steps
 
 ROUTES = ("/predict", "/predict_features")
 SOON = trip_at(NOW + 2 * EVERY)  # due in 12 minutes, asked 10 minutes before: within the tolerance
@@ -416,8 +417,10 @@ def test_a_bento_without_a_file_that_it_needs(buses: Buses, tmp_path: Path, file
     assert expected in found.reasons[0] and "Traceback" not in found.reasons[0]
 
 
-def test_a_failed_preflight_releases_nothing(buses: Buses) -> None:
-    """Both verdicts must be yes: the pointer stays where it is, and the reasons are those of the preflight."""
+def test_a_failed_preflight_releases_nothing(buses: Buses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both verdicts must be yes: the pointer stays where it is, and the reasons are those of the preflight. By steps a yes makes
+    a challenger, where there is a champion and a proxy.
+    """
     home = buses.home
 
     def stage(name: str, ok: bool, **files: dict[str, Any]) -> Artifact:
@@ -441,6 +444,16 @@ def test_a_failed_preflight_releases_nothing(buses: Buses) -> None:
     now = champion(home, "buses")
     assert now is not None and now.release == buses.bento.tag
     assert [e["event"] for e in events(home, "buses") if e["event"] != "feed"] == ["release", "promote"]
+    other = stage("package-2", True, bento={**asdict(buses.bento), "tag": "millrace_buses:next"})
+    given = (by_steps(buses.spec), home, replace(run, run_id="test-2", parent=now.release), buses.features, verdict, other,
+             replace(checked, ok=True))  # fmt: skip
+    monkeypatch.setattr("deploy.rollout.installed", lambda: True)
+    for _ in range(2):
+        found = release_run(*given)
+        assert (found.outcome, found.release, champion(home, "buses")) == ("challenger", "millrace_buses:next", now)
+    assert [e["event"] for e in events(home, "buses") if e["event"] != "feed"][2:] == ["release", "challenger"]
+    monkeypatch.setattr("deploy.rollout.installed", lambda: False)
+    assert release_run(*given).outcome == "promoted"
 
 
 def test_a_feature_set_that_was_moved(buses: Buses, tmp_path: Path) -> None:

@@ -1,0 +1,352 @@
+"""Releases on live traffic: none is lost, the bad ones go by themselves with a reason, whoever is killed at whatever moment."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deploy.canary import Rolled, compare, roll_out
+from deploy.guard import Seen, reasons
+from deploy.live import endpoints, promote_now, roll_back
+from deploy.process import call
+from deploy.proxy import MISSING, installed
+from deploy.rollout import (
+    Release,
+    challenge,
+    champion,
+    events,
+    feed_all,
+    find_release,
+    kept_releases,
+    promote,
+    rollback,
+    settle,
+    stages_of,
+    step,
+)
+from deploy.stages import under_way
+from flows.serving import serve_champion, stop_all, take_over
+from pipelines.clock import MISSING as NO_TIME
+from pipelines.clock import Anchor
+from pipelines.errors import MillraceError, Refused
+from pipelines.home import Home
+from pipelines.manifest import ROOT, write_json
+from pipelines.spec import Guard, Spec, View
+from tasks.rollout import go_back
+from tests.command import millrace
+from tests.e2e.buses import EVERY, NOW, Buses, trip_at
+from tests.e2e.releases import Asked, Load, by_steps, challenged_by, make_release
+from tests.servers import NotInstalled
+
+FAST: dict[str, Any] = {"shadow": "1s", "canary": [10, 50], "step": "1s",
+                        "guard": Guard(min_requests=10, max_rss_growth_mb=40)}  # fmt: skip
+
+
+def named(name: str) -> Release:
+    return Release(f"millrace_buses:{name}", f"bentos/{name}", "made", "s", 0, "d", "", (), NO_TIME)
+
+
+# --- the log and the pointer ---
+
+
+def test_the_log_is_put_right_where_a_promotion_was_killed_after_the_pointer(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    promote(home, "buses", named("a"), expected="", why="first")
+    coming = challenged_by(home, named("b"))
+    write_json(home.releases("buses") / "champion.json", {"release": coming.release})  # and there it was killed
+    assert under_way(stages_of(home, "buses")) is None
+    assert rollback(home, "buses", why="test").release == "millrace_buses:a"
+    moves = [(e["event"], e["body"]["release"][-1], e["body"]["from"][-1:]) for e in events(home, "buses") if "from" in e["body"]]
+    assert moves == [("promote", "a", ""), ("challenger", "b", "a"), ("promote", "b", "a"), ("rollback", "a", "b")]
+    count = len(list(events(home, "buses")))
+    settle(home, "buses")
+    assert len(list(events(home, "buses"))) == count
+
+
+def test_one_release_is_on_its_way_and_only_against_the_champion_that_it_was_judged_by(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    promote(home, "buses", named("a"), expected="", why="first")
+    challenged_by(home, named("b"))
+    old = under_way(stages_of(home, "buses"))
+    assert old is not None
+    challenged_by(home, named("c"))
+    assert [s.words for s in stages_of(home, "buses").values()] == ["champion", "retired", "challenger"]
+    assert not step(home, "buses", old, "canary", why="late", share=5)  # it is no longer where it was left
+    promote(home, "buses", named("d"), expected="millrace_buses:a", why="by hand")
+    assert [s.words for s in stages_of(home, "buses").values()] == ["retired", "retired", "retired", "champion"]
+    with pytest.raises(Refused, match="the champion of buses is millrace_buses:d and not millrace_buses:a"):
+        challenge(home, "buses", named("e"), expected="millrace_buses:a", why="test")
+
+
+def test_the_last_champions_stay_fed_whatever_was_released_since(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    for before, name in zip(["", *"abcd"], "abcde", strict=True):
+        promote(home, "buses", named(name), expected=f"millrace_buses:{before}" if before else "", why="test")
+    assert [r.release[-1] for r in kept_releases(home, "buses")] == ["c", "d", "e"]
+    rollback(home, "buses", to="millrace_buses:b", why="test")
+    assert [r.release[-1] for r in kept_releases(home, "buses")] == ["b", "d", "e"]
+    challenged_by(home, named("f"))
+    assert [r.release[-1] for r in kept_releases(home, "buses")] == ["b", "d", "e", "f"]
+
+
+def test_the_command_line_shows_and_steers_what_is_on_its_way(buses: Buses, tmp_path: Path) -> None:
+    home, yaml = Home(tmp_path), str(buses.home.root.parent / "buses.yaml")
+    promote(home, "buses", named("a"), expected="", why="first")
+    challenged_by(home, named("b"))
+    held = millrace(home.root, "rollout", yaml, "--hold", "--why", "lunch")
+    assert held.out == "millrace_buses:b: challenger (held)\n", held.err
+    lines = millrace(home.root, "releases", yaml).out.splitlines()
+    assert [" ".join(line.split()[:3]) for line in lines] == ["* millrace_buses:a champion", "millrace_buses:b challenger (held)"]
+    assert lines[1].endswith("run made  test")
+    with pytest.raises(MillraceError, match="no proxy serves buses: type `millrace serve buses"):
+        roll_out(home, by_steps(buses.spec), tell=print)
+    with pytest.raises(MillraceError, match="buses has no rollout: write serve: "):
+        roll_out(home, buses.spec, tell=print)
+
+
+# --- live ---
+
+
+@dataclass
+class Live:
+    """The buses behind their proxy."""
+
+    buses: Buses
+    spec: Spec
+    port: int = 0
+
+    @property
+    def home(self) -> Home:
+        return self.buses.home
+
+    def roll(self, **rules: Any) -> Rolled:
+        return roll_out(self.home, by_steps(self.buses.spec, **FAST | rules), tell=print)
+
+    def asks(self) -> str:
+        """The release that answers now."""
+        status, answer = call(f"http://127.0.0.1:{self.port}/predict", {"rows": [trip_at(NOW + 2 * EVERY)]})
+        assert status == 200, answer
+        return str(answer["release"])
+
+
+@pytest.fixture(scope="module")
+def live(buses: Buses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    if not installed():
+        raise NotInstalled(MISSING)
+    folder = tmp_path_factory.mktemp("rollout") / "buses"
+    shutil.copytree(buses.home.root.parent, folder, ignore=shutil.ignore_patterns("predictions", "releases", "services", "*.log"))
+    made = replace(buses, home=Home(folder / "home"))
+    one = Live(made, by_steps(buses.spec, **FAST))
+    promote(one.home, "buses", make_release(made), expected="", why="first")
+    one.port = serve_champion(one.home, one.spec, port=0, background=True).port  # type: ignore[union-attr]
+    yield one
+    stop_all(one.home, "buses")
+
+
+def with_views(spec: Spec, views: dict[str, Any]) -> Spec:
+    """The spec with other views."""
+    return spec.model_copy(update={"features": spec.features.model_copy(update={"views": dict(sorted(views.items()))})})
+
+
+def wrong(asked: list[Asked], *allowed: str, since: float = 0.0) -> list[Asked]:
+    """Requests sent since then that were lost, or answered by another release."""
+    return [a for a in asked if a.sent >= since and (a.lost or a.release not in allowed)]
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = champion(live.home, "buses")
+    assert old is not None
+    new = challenged_by(live.home, make_release(live.buses, shift=0.001))
+    with Load(live.port, 40) as load:
+        done = live.roll()
+        promoted = time.monotonic()
+        assert done.outcome == "promoted" and live.asks() == new.release
+        time.sleep(1)
+        monkeypatch.setenv("MILLRACE_HOME", str(live.home.root))
+        assert go_back.fn(str(live.home.root.parent / "buses.yaml"), None, "test") == old  # the body of the Prefect task
+        back = time.monotonic()
+        time.sleep(1)
+    assert not wrong(load.asked, old.release, new.release)
+    between = [a for a in load.asked if promoted <= a.sent and a.done <= promoted + 1]
+    assert len(between) > 20 and not wrong(between, new.release)
+    assert not wrong(load.asked, old.release, since=back) and live.asks() == old.release
+    steps = [(e["event"], e["body"].get("share")) for e in events(live.home, "buses") if e["body"].get("release") == new.release]
+    assert steps == [("release", None), ("challenger", None), ("shadow", None), ("canary", 10), ("canary", 50), ("promote", None)]
+    shown = [e["body"]["seen"] for e in events(live.home, "buses") if "seen" in e["body"]]
+    assert shown[0]["pairs"] >= 10 and shown[0]["max_abs_gap"] < 0.001 and shown[0]["challenger"]["failed"] == 0
+    assert all(s["challenger"]["answers"] >= 10 and s["champion"]["answers"] for s in shown)
+    page = (live.home.releases("buses") / "rollout.html").read_text()
+    assert "canary 50 % passed" in page and "Same requests" in page and "http" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+@pytest.mark.parametrize(("made", "rules", "why"), [
+    ({"function": "hangs"}, {"shadow": "0s"}, "latency: "),
+    ({"shift": float("nan")}, {"shadow": "0s"}, "NaN: [0-9]+ of [0-9]+ answers are no number; errors: [0-9]+ of [0-9]+ answers"),
+    ({"shift": 0.3, "without": "gbdt.txt"}, {}, "start: .*gbdt.txt: not found, but model.json needs it"),
+    ({"spec": "without place"}, {}, "errors: [0-9]+ of [0-9]+ answers failed, 1.0% is accepted .KeyError: 'place__zone'"),
+], ids=["hangs", "NaN", "crashes on start", "an unknown feature"])  # fmt: skip
+def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str, Any], rules: dict[str, Any], why: str) -> None:
+    old = champion(live.home, "buses")
+    assert old is not None
+    if "spec" in made:
+        views = {n: v for n, v in live.buses.spec.features.views.items() if n != "place"}
+        made = {"spec": with_views(live.buses.spec, views)}
+    bad = challenged_by(live.home, make_release(live.buses, **made))
+    with Load(live.port, 40) as load:
+        done = live.roll(**rules)
+        gone = time.monotonic()
+        time.sleep(0.5)
+    assert done.outcome == "retired", done
+    assert re.search(why, done.why), done.why
+    assert not wrong(load.asked, old.release, since=gone)
+    hit = [a for a in load.asked if a.lost or a.release != old.release]
+    assert len(hit) <= 0.1 * len(load.asked) and (rules.get("shadow") or not hit)
+    assert champion(live.home, "buses") == old and stages_of(live.home, "buses")[bad.release].state == "retired"
+    assert [s.release for s in endpoints(live.home, "buses").values()] == [old.release]
+
+
+KILLED = """
+import os, signal, sys
+from deploy import live, proxy, rollout
+from deploy.canary import roll_out
+from pipelines.home import Home
+from pipelines.spec import Spec
+from pathlib import Path
+
+def counted(owner, name):
+    real = getattr(owner, name)
+    def run(*args, **kwargs):
+        done(); result = real(*args, **kwargs); done(); return result
+    setattr(owner, name, run)
+
+def done():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for owner, names in ((rollout, ("_append", "write_json")), (live, ("start", "_end")),
+                     (proxy.Proxy, ("write", "open", "weigh", "close"))):
+    for name in names:
+        counted(owner, name)
+home, spec = Home(Path(sys.argv[1])), Spec.model_validate_json(Path(sys.argv[2]).read_text())
+for left in range(1, 100):
+    child = os.fork()
+    if not child:
+        print(roll_out(home, spec, tell=print).line, flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        sys.exit(print("killed", left - 1))
+sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: Live) -> None:
+    old = champion(live.home, "buses")
+    assert old is not None
+    new = challenged_by(live.home, make_release(live.buses, shift=0.002))
+    rules = {**FAST, "shadow": "0s", "canary": [20], "step": "500ms", "guard": Guard(min_requests=2)}
+    told = live.home.root.parent / "spec.json"
+    told.write_text(by_steps(live.buses.spec, **rules).model_dump_json(by_alias=True))
+    with Load(live.port, 40) as load:
+        done = subprocess.run([sys.executable, "-c", KILLED, str(live.home.root), str(told)], cwd=ROOT, capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=150)  # fmt: skip
+        ended = time.monotonic()
+        time.sleep(0.5)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert int(done.stdout.split("killed ")[1]) >= 8, done.stdout
+    assert not wrong(load.asked, old.release, new.release) and not wrong(load.asked, new.release, since=ended)
+    assert champion(live.home, "buses") == find_release(live.home, "buses", new.release)
+    moved = [e["event"] for e in events(live.home, "buses") if e["body"].get("release") == new.release]
+    assert sorted(moved) == ["canary", "challenger", "promote", "release"]
+    (left,) = endpoints(live.home, "buses").values()
+    homes = [p for p in psutil.process_iter(["cmdline"]) if f"{live.home.root}/bentoml/" in " ".join(p.info["cmdline"] or [])]
+    assert left.release == new.release and left.pid in {p.pid for p in homes}
+    assert {p.pid for p in homes} <= {left.pid, *(p.pid for p in psutil.Process(left.pid).children(recursive=True))}
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_the_way_back_leads_to_other_features_that_stayed_fed(live: Live) -> None:
+    old = champion(live.home, "buses")
+    assert old is not None
+    views = live.buses.spec.features.views
+    late = View.model_validate({"window": {"from": "departures", "key": ["line"], "last": ["2h"], "mean": ["late"]}})
+    other = make_release(live.buses, spec=with_views(live.buses.spec, {**views, "line_later": late}))
+    assert other.defs_digest != old.defs_digest
+    with Load(live.port, 40) as load:
+        promote_now(live.home, "buses", other, why="test")
+        assert live.asks() == other.release
+        later = Anchor(live.buses.snapshot.watermark_us + 60_000_000, 0)
+        assert len(feed_all(live.home, "buses", live.buses.snapshot, later, None)) == 2  # stores: some releases share one
+        roll_back(live.home, "buses", to=None, why="test")
+        back = time.monotonic()
+        status, answer = call(f"http://127.0.0.1:{live.port}/info")
+        time.sleep(0.5)
+    assert status == 200 and answer["release"] == old.release and answer["fed"]["until"] == "2024-05-06T12:01:00Z"
+    assert not wrong(load.asked, old.release, other.release) and not wrong(load.asked, old.release, since=back)
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_challenger_that_is_worse_goes_when_labels_come(live: Live) -> None:
+    asked = [trip_at(NOW + i * EVERY) for i in (1, 2)]
+    challenged_by(live.home, make_release(live.buses, shift=3.0))
+    for _ in range(40):
+        call(f"http://127.0.0.1:{live.port}/predict", {"rows": asked})
+    time.sleep(1.5)  # until it is logged
+    utc = pa.timestamp("us", "UTC")
+    kinds = pa.schema([("line", pa.string()), ("day", utc), ("trip", pa.int64()), ("at", utc), ("late", pa.float64())])
+    left = [{**trip, "day": datetime(2024, 5, 6, tzinfo=UTC), "at": NOW + timedelta(minutes=20), "late": 0.0} for trip in asked]
+    pq.write_table(pa.Table.from_pylist(left, kinds), live.home.landing("buses") / "departures" / "left.parquet")
+
+    def why() -> list[str]:
+        seen, stage = Seen(), under_way(stages_of(live.home, "buses"))
+        assert stage is not None
+        compare(live.home, live.buses.spec, Guard(), stage, seen)
+        assert re.match("log loss [0-9.]+ on 80 rows with a label by now, the champion's [0-9.]+", seen.quality), seen.quality
+        return reasons(Guard(), seen, 50)
+
+    assert [said.partition(":")[0] for said in why()] == ["quality"]
+    challenged_by(live.home, make_release(live.buses, shift=0.004))
+    for _ in range(40):
+        call(f"http://127.0.0.1:{live.port}/predict", {"rows": asked})
+    time.sleep(1.5)
+    assert why() == []
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_without_a_proxy_it_is_said_and_a_restart_promotes(live: Live, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    now = champion(live.home, "buses")
+    assert now is not None
+    stop_all(live.home, "buses")
+    other = make_release(live.buses, shift=0.003)
+    monkeypatch.setattr("deploy.proxy.shutil.which", lambda name: None)
+    service = serve_champion(live.home, live.spec, port=0, background=True)
+    assert service is not None and "apt-get install haproxy" in caplog.text
+    live.port = service.port
+    assert live.asks() == now.release
+    with pytest.raises(MillraceError, match="no proxy serves buses"):
+        live.roll()
+    promote_now(live.home, "buses", other, why="test")
+    assert "after a restart: haproxy is not installed" in take_over(live.home, live.spec, other)
+    assert live.asks() == other.release
