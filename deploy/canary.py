@@ -32,7 +32,7 @@ from pipelines.clock import parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
-from pipelines.predlog import FEATURE, read_log
+from pipelines.predlog import FEATURE, WHOLE, read_log
 from pipelines.spec import Guard, Rollout, Spec
 
 TICK_S = 0.25  # between two looks
@@ -75,7 +75,7 @@ class LogTail:
         for hour in self.root.glob("hour=*"):
             changed = hour.stat().st_mtime_ns
             if self._changed.get(hour.name) != changed:
-                found += [p for p in hour.glob("*.parquet") if not p.name.startswith(".") and p not in self._seen]
+                found += [p for p in hour.glob("*.parquet") if not p.name.startswith((".", WHOLE)) and p not in self._seen]
                 self._changed[hour.name] = changed
         self._seen |= set(found)
         return sorted(found)
@@ -271,10 +271,10 @@ class _Driver:
             asked = list(group)
             seen.champion.answers += 1
             seen.champion.ms.append(asked[0]["latency_us"] / 1e3)
-            if time.monotonic() - began > COPY_S:
-                seen.not_copied += 1
-                continue
             sent, body = time.monotonic(), {"rows": [_request(row) for row in asked]}
+            if sent - began > COPY_S or not all(self.spec.serve.shown(name) for row in body["rows"] for name in row):
+                seen.not_copied += 1  # no time, or not known any more what was asked
+                continue
             try:
                 status, answer = call(f"{challenger.url}/{asked[0]['route']}", body, timeout=10)
             except (OSError, ValueError) as error:
@@ -305,9 +305,9 @@ def compare(home: Home, spec: Spec, guard: Guard, stage: Stage, seen: Seen) -> N
     if not log.num_rows:
         return
     loaded = Loaded.of(home.root / find_release(home, spec.pipeline, stage.release).bento / "src" / "bundle")
-    lacking = [f.name for f in loaded.features if FEATURE + f.name not in log.column_names]
+    lacking = [f.name for f in loaded.features if FEATURE + f.name not in log.column_names or not spec.serve.shown(f.name)]
     if lacking:
-        seen.quality = f"quality was not compared: the champion is not served {lacking[0]!r}"
+        seen.quality = f"quality was not compared: {lacking[0]!r} is not logged of the champion's answers"
         return
     label, old = outcomes(bento_spec(home, find_release(home, spec.pipeline, stage.parent)), home, log)
     known = label >= 0

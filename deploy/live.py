@@ -242,7 +242,8 @@ def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> N
     if told.store:
         extra["MILLRACE_ONLINE"] = str(store_of(home, pipeline, role.release, told.store))
     if role.shadow:
-        extra |= {"MILLRACE_PREDICTIONS": str(folder / "shadow"), "MILLRACE_WORKERS": "1"}
+        extra |= {"MILLRACE_PREDICTIONS": str(folder / "shadow"), "MILLRACE_WORKERS": "1",
+                  "MILLRACE_RULES": json.dumps({"api_keys": False, "rate_limit": 0.0})}  # fmt: skip
     start(home, bento_folder(home, role.release), port=free_port(), release=role.release.release, log=folder / "endpoint.log",
           extra=extra, name=name, shadow=role.shadow)  # fmt: skip
 

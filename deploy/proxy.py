@@ -39,6 +39,7 @@ defaults
   timeout http-keep-alive 5m
   timeout http-request 10s   # a client that sends slowly
   option redispatch 1
+  option forwardfor
   retries 3
   retry-on conn-failure empty-response   # a request is a question: asked twice it does no harm
   http-error status 400 content-type application/json string '{{"error": "this is not HTTP"}}'

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy import predictions
+from deploy.canary import LogTail
 from deploy.predictions import Answered, PredictionLog, Private
 from features.frame import feature_list
 from pipelines import predlog
@@ -167,6 +168,17 @@ def test_who_reads_while_it_is_tidied_and_written_sees_each_answer_once(log: Pre
             wrong.append(found)
     worker.join()
     assert not wrong and reads > 3 and numbers(log.root) == [*range(60)]
+
+
+def test_who_follows_the_log_sees_each_answer_once(log: PredictionLog) -> None:
+    write(log, answered(0))
+    tail, found = LogTail(log.root), []
+    for i in range(1, 5):
+        write(log, answered(i))
+        found += tail.take()
+        tidy(log.root, NOON + HOUR_US)
+        found += tail.take()
+    assert [row["request_id"] for row in found] == [f"r{i:06d}" for i in range(1, 5)]
 
 
 def test_old_hours_go(log: PredictionLog) -> None:
