@@ -128,6 +128,7 @@ class Model:
         self.prior = prior  # share of positive labels in the training part
         self.served: dict[str, str] = {}  # member → the engine that answers for it in place of the default
         self._scorers: dict[str, Scorer] = {}
+        self._trees: dict[str, TreeScorer] = {}  # as they were trained, where an engine answers for them
         for name in candidates[chosen]:
             self._scorer(name)
 
@@ -144,10 +145,11 @@ class Model:
         return ("model.json", *(self.members[name].file for name in self.candidates[self.chosen]))
 
     def parts(self) -> Iterator[tuple[float, float, Scorer]]:
-        """The chosen candidate: its log-odds are the sum over these of slope · logit + offset."""
+        """The chosen candidate: its log-odds are the sum over these of slope · logit + offset. Trees are as they were trained:
+        what compiled ones answer is not explained by themselves."""
         for name, weight in self.candidates[self.chosen].items():
             line = self.members[name].calibration
-            yield weight * line.a, weight * line.b, self._scorer(name)
+            yield weight * line.a, weight * line.b, self._trained(name)
 
     def predict(self, batch: "Batch") -> np.ndarray:
         """Calibrated probability of the chosen candidate, float64 (B)."""
@@ -190,6 +192,14 @@ class Model:
             except Exception as error:
                 raise MillraceError(f"{path}: not readable as {member.kind} ({error}); train again") from error
         return self._scorers[name]
+
+    def _trained(self, name: str) -> Scorer:
+        member = self.members[name]
+        if member.kind != "gbdt" or name not in self.served:
+            return self._scorer(name)
+        if name not in self._trees:
+            self._trees[name] = TreeScorer(self.folder / member.file)
+        return self._trees[name]
 
     def _compiled(self, member: Member) -> Scorer | None:
         """What was packaged to answer for a member in place of the default, if it can here."""

@@ -15,6 +15,7 @@ from pipelines.home import Home, open_home
 from pipelines.manifest import read_json, write_json
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses
+from tests.e2e.test_endpoint import SOON
 
 NAMED = "serve.inference=[torchscript, onnxruntime]"
 
@@ -68,5 +69,7 @@ def test_a_bento_with_a_compiled_model_is_the_same_bytes_and_answers_as_the_mode
     try:
         status, told = call(f"{service.url}/info")
         assert status == 200 and told["engines"] == {"gbdt": "onnxruntime"}
+        status, answer = call(f"{service.url}/predict", {"rows": [SOON], "explain": 3})
+        assert status == 200 and answer["rows"][0]["explanation"]["exact"]
     finally:
         stop(service)

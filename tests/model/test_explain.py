@@ -17,7 +17,10 @@ from models.export import export_onnx
 from models.gbdt import fit_gbdt
 from models.net import build_net
 from models.score import Member, Model
+from models.served import SERVED
+from models.trees_onnx import write_trees
 from models.words import fit_words
+from pipelines.manifest import write_json
 from pipelines.spec import Train
 from tests.model.small import small_spec, write_small
 from tests.model.test_text import TINY
@@ -84,6 +87,21 @@ def test_what_the_features_add_is_the_answer(which: str, kinds: dict[str, str], 
     named, others = found.top(3, 2)
     assert len(named) == 2 and abs(named[0][1]) >= abs(named[1][1])
     assert sum(share for _, share in named) + others == pytest.approx(found.shares[3].sum())
+
+
+def test_compiled_trees_are_explained_by_those_that_were_trained(tables: tuple[Path, TrainingSet], tmp_path: Path) -> None:
+    folder, data = tables
+    text = (folder / "gbdt.txt").read_text()
+    (tmp_path / "gbdt.txt").write_text(text)
+    write_trees(text, tmp_path / "gbdt.onnx", np.float64)
+    members = {"gbdt": {"engine": "onnxruntime", "file": "gbdt.onnx", "exact": True, "target": []}}
+    write_json(tmp_path / SERVED, {"members": members, "bound": 1e-6})
+    model, plain = (blended(f, data, {"gbdt": "gbdt.txt"}) for f in (tmp_path, folder))
+    assert model.served == {"gbdt": "onnxruntime"} and not plain.served
+    batch = data.batch.take(np.arange(12))
+    found, expected = (Explainer(m, data.preprocess).explain(batch) for m in (model, plain))
+    assert found.exact and np.array_equal(found.shares, expected.shares)
+    assert np.abs(sigmoid(found.base + found.shares.sum(1)) - model.predict(batch)).max() < 1e-6
 
 
 def test_the_shares_of_a_network_are_near_those_of_all_its_orders(tables: tuple[Path, TrainingSet]) -> None:
