@@ -50,6 +50,7 @@ from pipelines.errors import MillraceError  # noqa: E402
 from pipelines.home import Home  # noqa: E402
 
 log = logging.getLogger("millrace.service")
+STORE_S, ALONE_S = 1.0, 2.0  # how long a store's server is waited for, and left alone after that
 EXAMPLE_S = 60.0  # how long a row is shown as the example, until another is looked for
 
 
@@ -62,7 +63,9 @@ class Endpoint:
         self.preprocess, self.model, self.features = loaded.preprocess, loaded.model, loaded.features
         self.key_fields, self.feature_fields = key_fields(self.spec), feature_fields(self.features)
         folder = home / "online" / self.spec.pipeline / self.defs[:16]
-        self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder)
+        self.store = OnlineStore(self.spec, os.environ.get("MILLRACE_ONLINE") or folder, wait_s=STORE_S)
+        self.without_until = 0.0  # the store is not asked before (monotonic)
+        self.said = ""
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         words = [*self.preprocess.categories, *self.preprocess.texts]
         self.private = Private.of(self.spec, home / "services" / self.spec.pipeline / "log.key")
@@ -163,17 +166,31 @@ class Endpoint:
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
-        try:
-            return serve_features(self.store, rows, self.now_us), ""
-        except StoreDown as down:
-            log.warning("%s", down)
-            return serve_features(self.store.without_cells(), rows, self.now_us()), str(down)
+        down = self.said
+        if time.monotonic() >= self.without_until:
+            began = time.monotonic()
+            try:
+                return serve_features(self.store, rows, self.now_us), ""
+            except StoreDown as error:
+                down = self._is_down(error, began)
+        return serve_features(self.store.without_cells(), rows, self.now_us()), down
 
     def _anchor(self) -> Anchor:
-        try:
-            return self.store.anchor()
-        except StoreDown:
-            return self.store.without_cells().anchor()
+        if time.monotonic() >= self.without_until:
+            began = time.monotonic()
+            try:
+                return self.store.anchor()
+            except StoreDown as error:
+                self._is_down(error, began)
+        return self.store.without_cells().anchor()
+
+    def _is_down(self, error: StoreDown, began: float) -> str:
+        """What the store said. One that let us wait is left alone for a while: nobody else is to wait for it."""
+        log.warning("%s", error)
+        self.said, now = str(error), time.monotonic()
+        if now - began > STORE_S / 2:
+            self.without_until = now + ALONE_S
+        return self.said
 
     def predict_features(self, body: bytes, visit: Visit | None = None) -> dict[str, Any]:
         """Answers for rows given as features; one that is left out is missing."""

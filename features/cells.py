@@ -32,6 +32,7 @@ FEW = 4_000  # keys that SQLite is asked for in one statement
 LAST = NEVER  # a number that no event has
 KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
 COPIES = 5  # attempts to copy a store in one state
+WAIT_S = 30.0  # for an answer of a server
 PAUSE_S = 0.005  # at most, of a writer to a server
 PUSHED = "pushed"  # in the meta: number of the last event that the cells know
 
@@ -136,11 +137,11 @@ class NoCells:
         return []
 
 
-def open_cells(store: Path | str) -> Held:
-    """What a store holds, for a reader. Folders and URLs are as in `writable_cells`."""
+def open_cells(store: Path | str, *, wait_s: float = WAIT_S) -> Held:
+    """What a store holds, for a reader. Folders and URLs are as in `writable_cells`; `wait_s`: for a server's answer."""
     folder = _folder(store)
     if folder is None:
-        return _remote(str(store))
+        return _remote(str(store), wait_s)
     return SqliteCells(folder, write=False) if (folder / SqliteCells.FILE).exists() else NoCells({})
 
 
@@ -188,9 +189,9 @@ def _folder(store: Path | str) -> Path | None:
     return None if "://" in str(store) else Path(store)
 
 
-def _remote(store: str) -> Cells:
+def _remote(store: str, wait_s: float = WAIT_S) -> Cells:
     url, _, name = os.path.expandvars(store).rpartition("#")
-    return RedisCells(url, name) if url.startswith("redis") else PostgresCells(url, name)
+    return RedisCells(url, name, wait_s) if url.startswith("redis") else PostgresCells(url, name, wait_s)
 
 
 @contextmanager
@@ -366,13 +367,16 @@ class RedisCells:
         return found
     """
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, wait_s: float = WAIT_S) -> None:
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
+        again = {} if wait_s == WAIT_S else {"retry": Retry(NoBackoff(), 1, (redis.exceptions.ConnectionError,))}
         self.errors: Any = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
         self.lost: Any = redis.exceptions.LockError
         self.name, self.place = f"millrace:{name}", place_of(url)
-        self.db: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
+        self.db: Any = redis.Redis.from_url(url, socket_timeout=wait_s, socket_connect_timeout=min(5.0, wait_s), **again)
         self.look: Any = self.db.register_script(self.LOOK)
         self.lost_look: Any = (redis.exceptions.ConnectionError, redis.exceptions.NoScriptError)
         self.line: Any = None  # a connection that is kept for looks: the client tries one out before each command
@@ -543,8 +547,8 @@ class PostgresCells:
         SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off  -- also where it was empty at first
     """
 
-    def __init__(self, url: str, name: str) -> None:
-        self.url, self.name, self.place = url, name, place_of(url)
+    def __init__(self, url: str, name: str, wait_s: float = WAIT_S) -> None:
+        self.url, self.name, self.place, self.wait_s = url, name, place_of(url), wait_s
         self.db: Any = None
         self.state = _State()
 
@@ -656,7 +660,8 @@ class PostgresCells:
         held = self.db is not None
         try:
             if self.db is None:
-                self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True)
+                limit = "" if self.wait_s == WAIT_S else f"-c statement_timeout={self.wait_s * 1e3:.0f}"
+                self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True, options=limit or None)
                 self.db.execute(self.PLAN)
             cursor = self.db.execute(query, values or None, binary=True)
             return list(cursor.fetchall()) if cursor.rownumber is not None else []

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from features.cells import PUSHED, Held, Meta, Moved, NoCells, open_cells, place_of
+from features.cells import PUSHED, WAIT_S, Held, Meta, Moved, NoCells, open_cells, place_of
 from features.facts import Columns, int_times
 from features.frame import assemble
 from features.keys import request_key, text_key
@@ -179,10 +179,10 @@ class Looked:
 class OnlineStore:
     """A reader of the served store of one spec. One per process; not shared between threads."""
 
-    def __init__(self, spec: Spec, store: Path | str) -> None:
+    def __init__(self, spec: Spec, store: Path | str, *, wait_s: float = WAIT_S) -> None:
         self.spec, self.layouts, self.stored = spec, layouts(spec), stored_views(spec)
         self.cells: Held
-        self.cells, self.reads, self.place = open_cells(store), 0, place_of(store)
+        self.cells, self.reads, self.place = open_cells(store, wait_s=wait_s), 0, place_of(store)
         self.format = layout_digest(spec)
         self.last = self.check_format()  # what was known of the store when it was read last
 

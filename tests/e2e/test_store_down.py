@@ -1,12 +1,14 @@
 """An endpoint whose rows lie in Redis: it answers by them, without them while Redis is down, and by them again."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+import redis
 
 from deploy.process import call, free_port, start, stop
 from features.cells import open_cells
@@ -41,6 +43,19 @@ def test_the_endpoint_answers_while_redis_is_down(copied_home: Home) -> None:
             server.start()
             status, again = call(f"{url}/predict", body)
             assert status == 200 and again["rows"] == before["rows"] and "store_down" not in again
+            redis.Redis.from_url(server.url).client_pause(4_000)  # it answers nobody for so long
+            took = []
+            for _ in range(5):  # the first waits for it, and the others not
+                began = time.monotonic()
+                status, slow = call(f"{url}/predict", body)
+                took.append(time.monotonic() - began)
+                assert status == 200 and "does not answer" in slow["store_down"]
+            assert took[0] > 0.9 and max(took) < 3 and max(took[1:]) < took[0] / 2
+            deadline = time.monotonic() + 15
+            while "store_down" in again or again["rows"] != before["rows"] or time.monotonic() - began < 4:
+                status, again = call(f"{url}/predict", body)
+                assert status == 200 and time.monotonic() < deadline
+                time.sleep(0.2)
         finally:
             millrace(copied_home.root, "down", "tumours")
 
