@@ -284,7 +284,8 @@ def _value(value: Any) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    named = ":" in text.partition(" ")[0].rstrip(":")  # a release is written as it is
+    return text if named else text[:1].upper() + text[1:]
 
 
 def _markdown(text: object) -> str:
