@@ -228,3 +228,12 @@ def test_fuzz(tmp_path: Path) -> None:
     assert figures["server_errors"] == figures["leaks"] == figures["no_answer"] == figures["exceptions_logged"] == 0, body["rows"]
     assert figures["schema_findings"] == 0 and figures["alive"], body["rows"]
     assert figures["slow_clients"] == {"408": 20}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_serving(tmp_path: Path) -> None:
+    figures = run("serving", tmp_path)["figures"]
+    assert figures["equal"] and figures["not_installed"] == []
+    assert set(figures["cpu_ms"]) == {"millrace", "fastapi", "bentoml", "litserve", "mlflow"}
+    assert figures["cpu_ratio_vs_fastapi_ort"] > 0 and figures["p50_ms"] <= figures["p99_ms"] and figures["ready_s"] > 0
