@@ -6,9 +6,10 @@ same model on the same features from the same store by FastAPI, as most write it
 puts around a route, by LitServe and by MLflow's scoring server. These neither check nor log.
 
 Figures: at `rps` requests a second for `seconds`: `p50_ms`, `p99_ms`, `shed_share` (told to come again) with as many `workers` as
-there are cores (`serve.workers`), and of `one_worker`, as all comparisons are; `cpu_ms` a request of each server, `cpu_ratio_vs_fastapi_ort` and `cpu_ratio_vs` the others (medians of rounds in turn); `max_rps_under_50ms` (largest
-rate of those tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`; `equal` (the answers of
-all, bit for bit); `not_installed`: peers that are not here.
+there are cores (`serve.workers`), and of `one_worker`, as all comparisons are; `cpu_ms` a request of each server,
+`cpu_ratio_vs_fastapi_ort` and `cpu_ratio_vs` the others (medians of rounds in turn); `max_rps_under_50ms` (largest rate of those
+tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`; `equal` (the answers of all, bit for bit);
+`not_installed`: peers that are not here.
 """
 
 import asyncio
