@@ -31,7 +31,7 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 	@$(BIN)/millrace up
 
 test: setup  ## the everyday tests
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" --durations=25
 
 test-slow: test-slow-flows test-slow-parts test-slow-bench  ## kills, scheduler, full data
 

@@ -150,7 +150,7 @@ def test_releases_and_status(tumours: tuple[Home, dict[str, Any]], tumours_url: 
     home, outcome = tumours
     found = millrace(home.root, "releases", "tumours", "--json").answer
     assert found["champion"] == outcome["release"] and [r["release"] for r in found["releases"]] == [outcome["release"]]
-    assert millrace(home.root, "releases", "tumours").out.startswith(f"* {outcome['release']}  as of ")
+    assert millrace(home.root, "releases", "tumours").out.startswith(f"* {outcome['release']}  champion  as of ")
     served = millrace(home.root, "status", "--json").answer["pipelines"]["tumours"]
     assert served["champion"] == served["endpoint"]["release"] == outcome["release"]
     assert millrace(home.root, "status").out == (
