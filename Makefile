@@ -5,7 +5,7 @@ export TZ := UTC
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop ui test test-slow test-slow-flows test-slow-parts test-slow-bench test-all lint lock schema bench clean
+.PHONY: help setup demo stop ui test test-slow test-slow-flows test-slow-parts test-all lint lock schema bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,18 +33,15 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 test: setup  ## the everyday tests
 	@$(BIN)/python -m pytest -m "not slow" --durations=25
 
-test-slow: test-slow-flows test-slow-parts test-slow-bench  ## kills, scheduler, full data
+test-slow: test-slow-flows test-slow-parts  ## kills, scheduler, full data
 
 test-slow-flows: setup
 	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e --ignore tests/e2e/test_bench.py
 
 test-slow-parts: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 tests/data tests/model
+	@$(BIN)/python -m pytest -m slow --durations=12 tests/data tests/model tests/e2e/test_bench.py
 
-test-slow-bench: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e/test_bench.py
-
-test-all: test-slow-flows test test-slow-parts test-slow-bench  ## every test (with -j 2 two of the four parts at once)
+test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of the three parts at once)
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

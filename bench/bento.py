@@ -15,14 +15,14 @@ import time
 from importlib.metadata import distribution
 from pathlib import Path
 
-from bench.record import options, report
+from bench.record import options, released, report
 from bench.serving import cpu_s
 from deploy.bundle import build_bento
 from deploy.contents import read_lock, tree_digest, unlike
 from deploy.process import free_port, start, stop
 from deploy.rollout import bento_folder, bento_spec, champion
 from pipelines.home import Home, open_home
-from tests.command import QUICK, millrace
+from tests.command import QUICK
 from tests.e2e.test_contents import POISONS
 
 GIVEN = {"spec.json", "bundle.json", "requirements.txt", "sbom.cdx.json"}  # what the builder makes itself
@@ -64,10 +64,7 @@ def main() -> None:
     told = options("bento")
     work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
     try:
-        home = Home(work / "home")
-        assert millrace(home.root, "sample", "tumours").code == 0
-        done = millrace(home.root, "run", "tumours", "--json", sets=(*QUICK, "train.max_epochs=1"))
-        assert done.code == 0, done.err
+        home = released(work / "home", "tumours", (*QUICK, "train.max_epochs=1"))  # LightGBM wins
         release = champion(home, "tumours")
         assert release is not None
         folder = bento_folder(home, release)

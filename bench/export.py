@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.record import options, report
+from bench.record import options, released, report
 from deploy.compiled import network_of, table, tree_texts
 from features.preprocess import Preprocess
 from features.trainset import load_training_set
 from models.engines import ENGINES, Engine
 from models.inference import LIGHT, Form, Line, checked_rows, compare, pick, version_of
 from models.score import Model, NetworkScorer
-from pipelines.home import Home, open_home
+from pipelines.home import Home
 from pipelines.manifest import read_json
 from pipelines.run import spec_from
-from tests.command import QUICK, millrace
+from tests.command import QUICK
 
 BOUND = 1e-6
 SLOW = {"aotinductor", "iree", "tvm", "treelite", "lleaves"}  # to make; left out with --quick
@@ -98,11 +98,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
     pipeline, sets = ("tumours", QUICK) if told.quick else ("flights_demo", ("serve.latency_budget=5s",))
     try:
-        home = open_home(folder / "home")
-        assert millrace(home.root, "sample", pipeline).code == 0
-        done = millrace(home.root, "run", pipeline, "--json", sets=sets)
-        assert done.code == 0, done.err
-        manifest = read_json(home.runs(pipeline) / done.answer["run_id"] / "manifest.json")
+        home = released(folder / "home", pipeline, sets)
+        manifest = read_json(next(home.runs(pipeline).glob("*/manifest.json")))
         figures, lines = measure(home, pipeline, manifest, quick=told.quick)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import psutil
 
 from models.inference import cpu_name
 from pipelines.clock import iso, wall_us
+from pipelines.home import Home
 from pipelines.manifest import ROOT, library_versions
 
 
@@ -31,6 +35,19 @@ def options(name: str) -> Options:
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / f"{name}.json", metavar="FILE")
     given = parser.parse_args()
     return Options(given.quick, given.json)
+
+
+def released(root: Path, pipeline: str, sets: Sequence[str]) -> Home:
+    """A new home with the sample and one release of a pipeline. Smoke tests, which make one for all, name it by BENCH_HOME."""
+    made = Path(os.environ.get("BENCH_HOME", "")) / "releases" / pipeline
+    if os.environ.get("BENCH_HOME") and made.is_dir():
+        shutil.copytree(made.parents[1], root, ignore=shutil.ignore_patterns("services"))
+        return Home(root)
+    env = {**os.environ, "MILLRACE_HOME": str(root)}
+    words = [word for item in sets for word in ("--set", item)]
+    for verb, more in (("sample", []), ("run", words)):
+        subprocess.run([sys.executable, "-m", "flows.cli", verb, pipeline, *more], env=env, cwd=ROOT, check=True)
+    return Home(root)
 
 
 def report(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], out: Path, *libraries: str) -> None:

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bench.record import options, report
+from bench.record import options, released, report
 from deploy.process import Service, call, free_port, start, stop
 from deploy.rollout import Release, bento_folder, bento_spec, champion
 from deploy.score_parts import BATCH_ROWS, scoring_process
@@ -39,7 +39,7 @@ from deploy.tables import Job, Part
 from features.frame import arrow_columns
 from features.online import OnlineStore
 from features.trainset import load_training_set
-from pipelines.home import Home, open_home, process_env
+from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT, read_json
 from tests.command import QUICK
 
@@ -245,9 +245,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
     name, sets, rows, rounds, kills = ("tumours", QUICK, 40_000, 1, 2) if told.quick else ("flights_demo", FULL, 100_000, 3, 5)
     try:
-        home = open_home(folder / "home")
-        millrace(home, "sample", name)
-        millrace(home, "run", name, *(word for item in sets for word in ("--set", item)))
+        home = released(folder / "home", name, sets)
         release = champion(home, name)
         assert release is not None
         figures, ran = measure(home, release, folder, rows, rounds, kills)

@@ -1,7 +1,8 @@
 """`python -m bench.serving`: an endpoint under an open load, with the load generator on the same machine.
 
-The flights of the demo: one row by its key, all feature views looked up. Requests leave at their time whether those before are
-answered or not, over connections that are kept; a latency counts from when a request should have left. Beside it, in turn, the
+The flights of the demo (--quick: the tumours): one row by its key, all feature views looked up. Requests leave at their time
+whether those before are answered or not, over connections that are kept; a latency counts from when a request should have left.
+Beside it, in turn, the
 same model on the same features from the same store by FastAPI, as most write it, by a service of BentoML with all that it
 puts around a route, by LitServe and by MLflow's scoring server. These neither check nor log.
 
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from bench.record import options, report
+from bench.record import options, released, report
 from deploy.process import call, free_port, start, stop
 from deploy.rollout import bento_folder, champion
 from pipelines.home import Home
 from pipelines.manifest import read_json
-from tests.command import environment, millrace
+from tests.command import QUICK, environment
 from tests.e2e.test_load import request
 
 NEEDS = {"fastapi": "fastapi", "bentoml": "bentoml", "litserve": "litserve", "mlflow": "mlflow.pyfunc.scoring_server"}
@@ -122,11 +123,12 @@ def peer(home: Home, pipeline: str, kind: str, row: dict[str, Any]) -> Iterator[
             time.sleep(0.05)
         yield port, process.pid, time.perf_counter() - began
     finally:
-        every = family(process.pid)
-        process.terminate()
-        process.wait(30)
-        for left in psutil.wait_procs(every, timeout=3)[1]:  # LitServe's workers outlive it
-            left.kill()
+        with suppress(psutil.NoSuchProcess):  # it has died, and the log says of what
+            every = family(process.pid)
+            process.terminate()
+            process.wait(30)
+            for left in psutil.wait_procs(every, timeout=3)[1]:  # LitServe's workers outlive it
+                left.kill()
 
 
 def asked(kind: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -158,12 +160,10 @@ def main() -> None:
     told = options("serving")
     seconds, rounds, many = (5, 1, 1_000) if told.quick else (60, 3, 100_000)
     work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
-    home, pipeline = Home(work / "home"), "flights_demo"
+    pipeline, sets = ("tumours", QUICK) if told.quick else ("flights_demo", ("tune.generations=1", "tune.size=2"))
     try:
-        assert millrace(home.root, "sample", pipeline).code == 0
-        done = millrace(home.root, "run", pipeline, "--json", sets=("tune.generations=1", "tune.size=2"))
-        assert done.code == 0, done.err
-        paths = read_json(home.runs(pipeline) / done.answer["run_id"] / "manifest.json")["stage_paths"]
+        home = released(work / "home", pipeline, sets)
+        paths = read_json(next(home.runs(pipeline).glob("*/manifest.json")))["stage_paths"]
         row = read_json(home.root / paths["preflight"] / "preflight.json")["example"]
         sent = [request({"rows": [row]})]
         peers = [kind for kind, package in NEEDS.items() if not _missing(package)]

@@ -19,7 +19,9 @@ class Answerer:
     def __init__(self, bundle: Path, home: Path) -> None:
         self.loaded = Loaded.of(bundle)
         self.store = OnlineStore(self.loaded.spec, home / "online" / self.loaded.spec.pipeline / self.loaded.defs[:16])
-        self.times = [n for n in self.loaded.spec.row_key if self.loaded.spec.row_source.columns[n].type == "timestamp"]
+        spec = self.loaded.spec
+        stamps = {name for name, column in spec.row_source.columns.items() if column.type == "timestamp"}
+        self.times = [name for name in spec.row_key if name in stamps]
 
     def answer(self, rows: list[dict[str, Any]]) -> list[float]:
         asked = [{**row, **{name: parse_time(row[name]) for name in self.times}} for row in rows]

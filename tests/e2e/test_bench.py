@@ -9,26 +9,19 @@ from typing import Any
 
 import pytest
 
+from pipelines.home import Home
 from pipelines.manifest import ROOT
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    """What a benchmark reports; the oracle and the servers that some need lie in tests/."""
+def run(name: str, folder: Path, home: Path | None = None) -> dict[str, Any]:
+    """What a benchmark reports; the oracle and the servers that some need lie in tests/. `home`: one that it may copy."""
     out = folder / f"{name}.json"
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **({"BENCH_HOME": str(home)} if home else {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     body: dict[str, Any] = json.loads(out.read_text())
     return body
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_demo(tmp_path: Path) -> None:
-    body = run("demo", tmp_path)
-    assert {"name", "commit", "hardware", "versions", "rows", "figures"} <= set(body)
-    assert {"first_s", "second_s", "setup_s", "stages", "peak_rss_mb"} <= set(body["figures"])
-    assert body["figures"]["stages"]["train"] > 0
 
 
 @pytest.mark.slow
@@ -188,8 +181,8 @@ def test_text(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_score(tmp_path: Path) -> None:
-    body = run("score", tmp_path)
+def test_score(tmp_path: Path, tumours_home: Home) -> None:
+    body = run("score", tmp_path, tumours_home.root)
     figures = body["figures"]
     assert figures["endpoint_equal"] and figures["endpoint_rows"] > 2_100
     assert figures["kill_resume_equal"] and figures["kills"] == 2
@@ -200,8 +193,8 @@ def test_score(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_export(tmp_path: Path) -> None:
-    body = run("export", tmp_path)
+def test_export(tmp_path: Path, tumours_home: Home) -> None:
+    body = run("export", tmp_path, tumours_home.root)
     figures, rows = body["figures"], body["rows"]
     assert all(figures[f"{what}_speedup_vs_{peer}"] > 0 for what, peer in (("batch1", "eager"), ("batch256", "eager"),
                ("trees_batch1", "native"), ("trees_batch256", "native")))  # fmt: skip
@@ -232,8 +225,8 @@ def test_fuzz(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_serving(tmp_path: Path) -> None:
-    figures = run("serving", tmp_path)["figures"]
+def test_serving(tmp_path: Path, tumours_home: Home) -> None:
+    figures = run("serving", tmp_path, tumours_home.root)["figures"]
     assert figures["equal"] and figures["not_installed"] == []
     assert set(figures["cpu_ms"]) == {"millrace", "fastapi", "bentoml", "litserve", "mlflow"}
     assert figures["cpu_ratio_vs_fastapi_ort"] > 0 and figures["p50_ms"] <= figures["p99_ms"] and figures["ready_s"] > 0

@@ -13,6 +13,7 @@ import pytest
 
 from deploy.process import free_port
 from pipelines.manifest import ROOT, read_json
+from tests.e2e.test_bench import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -83,6 +84,15 @@ def test_the_second_demo_redoes_nothing(demo: tuple[Path, str]) -> None:
     out = _bash("make -s demo", home)
     assert "unchanged: millrace_flights_demo:" in out
     assert read_json(home / "services" / "flights_demo" / "endpoint.json")["pid"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_its_times_are_measured(demo: tuple[Path, str], tmp_path: Path) -> None:
+    body = run("demo", tmp_path, demo[0])
+    assert {"name", "commit", "hardware", "versions", "rows", "figures"} <= set(body)
+    assert {"first_s", "second_s", "setup_s", "stages", "peak_rss_mb"} <= set(body["figures"])
+    assert body["figures"]["stages"]["train"] > 0
 
 
 @pytest.mark.slow
