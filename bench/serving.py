@@ -178,7 +178,7 @@ def main() -> None:
                     told_so = [request(body, path)]
                     load(port, told_so, 50, 2)  # it is warm
                     before = cpu_s(pid)
-                    one = load(port, told_so, RATE, seconds if kind == "millrace" and not turn else min(seconds, 15))
+                    one = load(port, told_so, RATE, seconds if kind == "millrace" and not turn else min(seconds, 10))
                     found[kind].append({**one, "cpu_ms": (cpu_s(pid) - before) / one["requests"] * 1e3, "ready_s": ready})
                     _, answer = call(f"http://127.0.0.1:{port}{path}", body)
                     answers[kind] = answer["predictions"][0] if kind == "mlflow" else answer["rows"][0]["probability"]
