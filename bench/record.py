@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from models.inference import cpu_name
 from pipelines.clock import iso, wall_us
 from pipelines.home import Home
 from pipelines.manifest import ROOT, library_versions
+from tests.command import millrace
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,12 @@ def options(name: str) -> Options:
 
 def released(root: Path, pipeline: str, sets: Sequence[str]) -> Home:
     """A new home with the sample and one release of a pipeline. Smoke tests, which make one for all, name it by BENCH_HOME."""
-    made = Path(os.environ.get("BENCH_HOME", "")) / "releases" / pipeline
-    if os.environ.get("BENCH_HOME") and made.is_dir():
-        shutil.copytree(made.parents[1], root, ignore=shutil.ignore_patterns("services"))
+    made = os.environ.get("BENCH_HOME")
+    if made and (Path(made) / "releases" / pipeline).is_dir():
+        shutil.copytree(made, root, ignore=shutil.ignore_patterns("services"))
         return Home(root)
-    env = {**os.environ, "MILLRACE_HOME": str(root)}
-    words = [word for item in sets for word in ("--set", item)]
-    for verb, more in (("sample", []), ("run", words)):
-        subprocess.run([sys.executable, "-m", "flows.cli", verb, pipeline, *more], env=env, cwd=ROOT, check=True)
+    for done in (millrace(root, "sample", pipeline), millrace(root, "run", pipeline, sets=sets)):
+        assert done.code == 0, done.err
     return Home(root)
 
 

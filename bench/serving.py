@@ -36,7 +36,7 @@ from deploy.rollout import bento_folder, champion
 from pipelines.home import Home
 from pipelines.manifest import read_json
 from tests.command import QUICK, environment
-from tests.e2e.test_load import request
+from tests.e2e.raw_http import received, request
 
 NEEDS = {"fastapi": "fastapi", "bentoml": "bentoml", "litserve": "litserve", "mlflow": "mlflow.pyfunc.scoring_server"}
 RATE = 200
@@ -56,14 +56,12 @@ class Load:
             reader, writer = self.idle.pop() if kept else await asyncio.open_connection("127.0.0.1", self.port)
             try:
                 writer.write(self.sent[number % len(self.sent)])
-                head = await reader.readuntil(b"\r\n\r\n")
+                status, _, _ = await received(reader)
                 break
             except (asyncio.IncompleteReadError, ConnectionError):
                 if not kept:  # one that lay idle may have been closed
                     raise
-        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        await reader.readexactly(length)
-        self.taken.append((time.perf_counter() - due, int(head[9:12])))
+        self.taken.append((time.perf_counter() - due, status))
         self.idle.append((reader, writer))
 
     async def run(self, rate: float, seconds: float) -> None:

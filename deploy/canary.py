@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from deploy.guard import Seen, Side, figures, higher_than, log_losses, reasons
 from deploy.live import NotReady, Role, cut_off, endpoints, kill, memory_mb, place_of, promote_now, reconcile, serving
 from deploy.loaded import Loaded
-from deploy.monitor import outcomes
+from deploy.monitor import answers, outcomes
 from deploy.process import Service, call, reason
 from deploy.proxy import Proxy, Traffic
 from deploy.rollout import bento_spec, events, find_release, settle, stages_of, step
@@ -32,7 +32,7 @@ from pipelines.clock import parse_time
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
-from pipelines.predlog import FEATURE, WHOLE, read_log
+from pipelines.predlog import FEATURE, WHOLE, complete
 from pipelines.spec import Guard, Rollout, Spec
 
 TICK_S = 0.25  # between two looks
@@ -75,7 +75,7 @@ class LogTail:
         for hour in self.root.glob("hour=*"):
             changed = hour.stat().st_mtime_ns
             if self._changed.get(hour.name) != changed:
-                found += [p for p in hour.glob("*.parquet") if not p.name.startswith((".", WHOLE)) and p not in self._seen]
+                found += [p for p in complete(hour) if not p.name.startswith(WHOLE) and p not in self._seen]
                 self._changed[hour.name] = changed
         self._seen |= set(found)
         return sorted(found)
@@ -298,10 +298,8 @@ def compare(home: Home, spec: Spec, guard: Guard, stage: Stage, seen: Seen) -> N
     """
     since = max(parse_time(e["when"]) for e in events(home, spec.pipeline)
                 if e["event"] == CHALLENGER and e["body"]["release"] == stage.release)  # fmt: skip
-    log = read_log(home.predictions(spec.pipeline))
-    keep = pc.and_(pc.equal(log["release"], stage.parent), pc.equal(log["route"], "predict"))
-    keep = pc.and_(keep, pc.invert(pc.or_(log["outside_horizon"], log["unknown_entity"])))
-    log = log.filter(pc.and_(keep, pc.greater_equal(log["wall"].cast(pa.int64()), since))).combine_chunks().sort_by("wall")
+    log = answers(home, spec.pipeline, stage.parent)
+    log = log.filter(pc.greater_equal(log["wall"].cast(pa.int64()), since)).combine_chunks().sort_by("wall")
     if not log.num_rows:
         return
     loaded = Loaded.of(home.root / find_release(home, spec.pipeline, stage.release).bento / "src" / "bundle")

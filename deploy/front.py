@@ -53,10 +53,6 @@ class Visit:
     seconds: float = 0.0  # of the worker's time that it has taken
 
     @classmethod
-    def new(cls) -> "Visit":
-        return cls(uuid.uuid4().hex)
-
-    @classmethod
     def of(cls, request: Request) -> "Visit":
         visit = cls(uuid.uuid4().hex, request.scope["query_string"].decode("latin-1"))
         if (sent := request.headers.get("traceparent")) and (found := PARENT.fullmatch(sent.strip())):

@@ -6,7 +6,6 @@ A key has 256 random bits, so that no slow hash is needed. `$MILLRACE_HOME/keys/
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import time
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.errors import MillraceError, UsageError
+from pipelines.manifest import write_atomic
 
 NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 REFUSED = "send a key that this endpoint knows, as `Authorization: Bearer KEY` or `X-API-Key: KEY` (`millrace key` makes one)"
@@ -56,12 +56,7 @@ def revoke_key(path: Path, name: str) -> None:
 
 def _write(path: Path, known: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.writelines(f"{digest} {name}\n" for digest, name in known.items())
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_atomic(path, "".join(f"{digest} {name}\n" for digest, name in known.items()), mode=0o600)
 
 
 class Keys:

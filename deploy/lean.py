@@ -98,7 +98,7 @@ class Door:
     def __init__(self, budget_s: float, meter: Meter | None = None) -> None:
         self.budget_s, self.mean_s = budget_s, 0.0
         self.inside = self.shed = self.answered = 0
-        self.meter = meter
+        self.meter = meter or Meter(None, 1, (), ())  # of this process alone
 
     @property
     def limit(self) -> int:
@@ -107,22 +107,19 @@ class Door:
 
     def of_all(self) -> int:
         """Requests at a time in all workers."""
-        if self.meter is None:
-            return self.limit
         workers = self.meter.workers()
         return max(FEWEST, int(self.meter.total(LIMIT) * min(1.0, (os.cpu_count() or 1) / workers)))
 
     def waiting(self) -> int:
         """Requests that are let in and not answered, of all workers."""
-        return self.inside if self.meter is None else int(self.meter.total(INSIDE))
+        return int(self.meter.total(INSIDE))
 
     def full(self) -> bool:
         """Whether one more would wait for too long; it is counted."""
-        if self.inside < self.limit and (self.meter is None or (let_in := self.waiting()) < FEWEST or let_in < self.of_all()):
+        if self.inside < self.limit and ((let_in := self.waiting()) < FEWEST or let_in < self.of_all()):
             return False
         self.shed += 1
-        if self.meter is not None:
-            self.meter.row[SHED] += 1
+        self.meter.row[SHED] += 1
         return True
 
     @contextmanager
@@ -135,12 +132,10 @@ class Door:
 
     def _move(self, step: int) -> None:
         self.inside += step
-        if self.meter is not None:
-            self.meter.row[INSIDE] = self.inside
+        self.meter.row[INSIDE] = self.inside
 
     def took(self, seconds: float) -> None:
         """An answer took so long to compute."""
         self.answered += 1
         self.mean_s += (SHARE if self.mean_s else 1.0) * (seconds - self.mean_s)
-        if self.meter is not None:
-            self.meter.row[LIMIT] = self.budget_s / self.mean_s
+        self.meter.row[LIMIT] = self.budget_s / self.mean_s

@@ -59,7 +59,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
         raise MillraceError(f"{pipeline} has no champion: type `millrace run {pipeline}`")
     spec = bento_spec(home, release)
     _tidy(home, spec)
-    log = _answers(home, pipeline, release)
+    log = answers(home, pipeline, release.release)
     manifest = read_json(home.runs(pipeline) / release.run_id / "manifest.json")
     promised = {m: v["value"] for m, v in manifest["metrics"][CHALLENGER].items()}
     label, scores = outcomes(spec, home, log)
@@ -97,10 +97,10 @@ def _tidy(home: Home, spec: Spec) -> None:
         tidy(root, now, spec.serve.log_keep)
 
 
-def _answers(home: Home, pipeline: str, release: Release) -> pa.Table:
+def answers(home: Home, pipeline: str, release: str) -> pa.Table:
     """Logged answers of the release to named rows, inside their horizon."""
     log = read_log(home.predictions(pipeline))
-    keep = pc.and_(pc.equal(log["release"], release.release), pc.equal(log["route"], "predict"))
+    keep = pc.and_(pc.equal(log["release"], release), pc.equal(log["route"], "predict"))
     keep = pc.and_(keep, pc.invert(pc.or_(log["outside_horizon"], log["unknown_entity"])))
     return log.filter(keep).combine_chunks()
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.facts import Columns
-from pipelines.manifest import sync
+from pipelines.manifest import sync, write_atomic
 from pipelines.predlog import FEATURE, part_path, schema
 from pipelines.spec import Spec
 
@@ -43,10 +43,8 @@ class Private:
         if not spec.serve.log_hash:
             return cls(frozenset(spec.serve.log_drop))
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_name(f".{path.name}-{os.getpid()}")
-            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
+            write_atomic(scratch, secrets.token_bytes(32), mode=0o600)
             with suppress(FileExistsError):  # another worker was first
                 os.link(scratch, path)
             scratch.unlink()

@@ -64,11 +64,6 @@ def longest_of(kind: str) -> int:
     return MAX_TEXT if kind == "text" else MAX_NAME
 
 
-def parse(body: bytes, fields: dict[str, Field]) -> list[dict[str, Any]]:
-    """The rows of a request, timestamps as int µs. Raises BadRequest."""
-    return asked(body, fields).rows
-
-
 @dataclass(frozen=True)
 class Asked:
     """What a request asks: its rows, and how many features of each answer are to be explained (0: none)."""

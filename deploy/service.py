@@ -18,7 +18,7 @@ import os  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, TypeVar  # noqa: E402
 
 import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
@@ -43,13 +43,13 @@ from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
-from features.preprocess import Batch  # noqa: E402
 from models.explain import Explained, Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
 from pipelines.home import Home  # noqa: E402
 
 log = logging.getLogger("millrace.service")
+T = TypeVar("T")
 STORE_S, ALONE_S = 1.0, 2.0  # how long a store's server is waited for, and left alone after that
 EXAMPLE_S = 60.0  # how long a row is shown as the example, until another is looked for
 
@@ -68,12 +68,12 @@ class Endpoint:
         self.said = ""
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
         words = [*self.preprocess.categories, *self.preprocess.texts]
-        self.private = Private.of(self.spec, home / "services" / self.spec.pipeline / "log.key")
+        services = Home(home).services(self.spec.pipeline)
+        self.private = Private.of(self.spec, services / "log.key")
         self.log = PredictionLog(log_root, self.preprocess.numbers, words, self.spec.serve.log_flush, self.private)
         self.explainer = Explainer(self.model, self.preprocess)
         workers = int(os.environ.get("MILLRACE_WORKERS", "1"))
-        shared = shared_file(Home(home).services(self.spec.pipeline))
-        self.meter = Meter(shared, workers, [f.name for f in self.features], [*self.spec.features.views])
+        self.meter = Meter(shared_file(services), workers, [f.name for f in self.features], [*self.spec.features.views])
         self.door = Door(self.spec.serve.latency_budget / 1e6, self.meter)
         self.together = Together(self._served)
         self.front = Front(self.spec, home, self.meter, self.door, self.release)
@@ -91,21 +91,19 @@ class Endpoint:
         """Answers for rows named by their keys."""
         took, began, at = self.meter.took, time.monotonic_ns(), time.perf_counter()
         request = asked(body, self.key_fields, visit.query)
-        rows = request.rows
         took("parse", parsing := time.perf_counter() - at)
-        served, down, looking = await self.together.served(rows)
+        served, down, looking = await self.together.served(request.rows)
         took("features", looking)
         at = time.perf_counter()
-        try:
-            return self._predicted(request, served, down, visit, began)
-        finally:
-            visit.seconds = parsing + looking + time.perf_counter() - at
+        found = self._predicted(request, served, down, visit, began)
+        visit.seconds = parsing + looking + time.perf_counter() - at
+        return found
 
     def _predicted(self, request: Asked, served: Served, down: str, visit: Visit, began: int) -> dict[str, Any]:
         rows, now, at = request.rows, served.now, time.perf_counter()
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        _, scores, unseen, shares = self._scored(served.frame, request.explain, at)
+        scores, unseen, shares = self._scored(served.frame, request.explain, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -130,14 +128,14 @@ class Endpoint:
         self._explain(answers, shares, request.explain, served.frame)
         return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}
 
-    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[Batch, np.ndarray, list[list[str]], Explained | None]:
-        """Model inputs, probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
+    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[np.ndarray, list[list[str]], Explained | None]:
+        """Probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
         batch = self.preprocess.transform(frame)
         self.meter.took("preprocess", -at + (at := time.perf_counter()))
         scores = self.model.predict(batch)
         self.meter.took("model", time.perf_counter() - at)
         shares = self.explainer.explain(batch) if explain else None
-        return batch, scores, self.preprocess.unseen(frame, batch), shares
+        return scores, self.preprocess.unseen(frame, batch), shares
 
     def _count(self, answers: list[dict[str, Any]]) -> None:
         meter = self.meter
@@ -166,35 +164,26 @@ class Endpoint:
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
-        down = self.said
-        if time.monotonic() >= self.without_until:
-            began = time.monotonic()
-            try:
-                return serve_features(self.store, rows, self.now_us), ""
-            except StoreDown as error:
-                down = self._is_down(error, began)
-        return serve_features(self.store.without_cells(), rows, self.now_us()), down
+        return self._of_store(lambda store: serve_features(store, rows, self.now_us))
 
     def _anchor(self) -> Anchor:
-        if time.monotonic() >= self.without_until:
-            began = time.monotonic()
+        return self._of_store(OnlineStore.anchor)[0]
+
+    def _of_store(self, read: Callable[[OnlineStore], T]) -> tuple[T, str]:
+        """What is read of the store; while its server does not answer, of it without cells, and what it said. One that let us
+        wait is left alone for a while: nobody else is to wait for it."""
+        if (began := time.monotonic()) >= self.without_until:
             try:
-                return self.store.anchor()
+                return read(self.store), ""
             except StoreDown as error:
-                self._is_down(error, began)
-        return self.store.without_cells().anchor()
+                log.warning("%s", error)
+                self.said, now = str(error), time.monotonic()
+                if now - began > STORE_S / 2:
+                    self.without_until = now + ALONE_S
+        return read(self.store.without_cells()), self.said
 
-    def _is_down(self, error: StoreDown, began: float) -> str:
-        """What the store said. One that let us wait is left alone for a while: nobody else is to wait for it."""
-        log.warning("%s", error)
-        self.said, now = str(error), time.monotonic()
-        if now - began > STORE_S / 2:
-            self.without_until = now + ALONE_S
-        return self.said
-
-    def predict_features(self, body: bytes, visit: Visit | None = None) -> dict[str, Any]:
+    def predict_features(self, body: bytes, visit: Visit) -> dict[str, Any]:
         """Answers for rows given as features; one that is left out is missing."""
-        visit = visit or Visit.new()
         began, at = time.monotonic_ns(), time.perf_counter()
         request = asked(body, self.feature_fields, visit.query)
         self.meter.took("parse", -at + (at := time.perf_counter()))
@@ -205,7 +194,7 @@ class Endpoint:
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        _, scores, unseen, shares = self._scored(frame, request.explain, at)
+        scores, unseen, shares = self._scored(frame, request.explain, at)
         now = self.now_us()
         answers = [
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]],

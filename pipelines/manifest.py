@@ -57,13 +57,13 @@ def library_versions(*names: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """The file holds `data` whole or is as it was: written beside, synced, renamed."""
+def write_atomic(path: Path, data: str | bytes, *, mode: int = 0o644) -> None:
+    """The file holds `data` whole or is as it was: written beside, synced, renamed; `mode`: who may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

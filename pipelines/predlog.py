@@ -93,9 +93,14 @@ def read_log(root: Path, *, since: int = MISSING, until: int = NEVER) -> pa.Tabl
     return log.filter(pc.and_(pc.greater_equal(clock, since), pc.less_equal(clock, until)))
 
 
+def complete(hour: Path) -> list[Path]:
+    """Parts in the folder of an hour that are not being written: those have names with a dot."""
+    return sorted(path for path in hour.glob("*.parquet") if not path.name.startswith("."))
+
+
 def _parts(root: Path) -> list[Path]:
-    """Complete parts that count: one that is being written has a name with a dot."""
-    found = sorted(path for path in root.glob("hour=*/*.parquet") if not path.name.startswith("."))
+    """Complete parts that count, in order."""
+    found = [path for hour in sorted(root.glob("hour=*")) for path in complete(hour)]
     gone = {path.with_name(name) for path in found if path.name.startswith(WHOLE) for name in _replaced(path)}
     return [path for path in found if path not in gone]
 
@@ -163,7 +168,7 @@ def tidy(root: Path, now: int, keep: int | None = None) -> Tidied:
 
 def _whole(folder: Path) -> int:
     """Makes one part of those in the folder of an hour; how many there were. Those whose features have other types stay."""
-    every = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    every = complete(folder)
     live = [path for path in _parts(folder.parent) if path.parent == folder]
     names = json.dumps([path.name for path in every])
     if len(live) > 1:

@@ -19,6 +19,7 @@ from pipelines.home import Home
 from pipelines.manifest import read_json, write_json
 from pipelines.spec import Rollout, Spec
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
+from tests.e2e.raw_http import received, request
 
 MODEL = ("model.json", "gbdt.txt", "preprocess.json")
 
@@ -111,18 +112,14 @@ class Load:
             writer.close()
 
     async def _ask(self, user: int) -> None:
-        body = json.dumps({"rows": [trip_at(NOW + (1 + user % 200) * EVERY)]}).encode()
-        head = f"POST /predict HTTP/1.1\r\nHost: buses\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        body = {"rows": [trip_at(NOW + (1 + user % 200) * EVERY)]}
         sent, status, release = time.monotonic(), 0, ""
         try:
             while self._idle and self._idle[0][2] < sent - 60:  # as clients do, before the other side closes it
                 self._idle.pop(0)[1].close()
             reader, writer = self._idle.pop()[:2] if self._idle else await asyncio.open_connection("127.0.0.1", self.port)
-            writer.write(head.encode() + body)
-            answer = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 40)).decode().lower()
-            length = int(answer.partition("content-length: ")[2].partition("\r\n")[0])
-            told = await reader.readexactly(length)
-            status = int(answer.split(" ", 2)[1])
+            writer.write(request(body))
+            status, answer, told = await asyncio.wait_for(received(reader), 40)
             release = json.loads(told)["release"] if status == 200 else ""
             if "connection: close" in answer:
                 writer.close()

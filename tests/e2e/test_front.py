@@ -38,8 +38,9 @@ from pipelines.errors import MillraceError, UsageError
 from pipelines.spec import Spec
 from tests.command import millrace
 from tests.e2e.buses import Buses
+from tests.e2e.raw_http import request
 from tests.e2e.test_endpoint import NOBODY, SOON, Answer, send
-from tests.e2e.test_load import ask, request
+from tests.e2e.test_load import ask
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

@@ -1,7 +1,6 @@
 """More requests than can be answered, and clients that do not send: each gets an answer or is told to come again, in time."""
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from deploy.lean import AROUND, FEWEST, Door
 from deploy.process import Service, call
 from tests.e2e.buses import Buses
+from tests.e2e.raw_http import request
 from tests.e2e.test_endpoint import SOON
 
 
@@ -31,12 +31,6 @@ def test_a_door_lets_in_what_is_answered_within_the_budget() -> None:
         assert door.inside == 1
     door.inside = FEWEST
     assert door.full() and door.shed == 1 and door.answered == 400
-
-
-def request(body: object, path: str = "/predict") -> bytes:
-    sent = json.dumps(body).encode()
-    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % (path.encode(), len(sent)) + sent
 
 
 async def ask(port: int, sent: bytes, ready: asyncio.Event) -> tuple[int, str, float]:

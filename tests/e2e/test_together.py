@@ -11,8 +11,8 @@ from deploy.process import Service, call
 from deploy.together import Together
 from features.online import FEW_ROWS, Looked, Served
 from tests.e2e.buses import EVERY, NOW
+from tests.e2e.raw_http import received, request
 from tests.e2e.test_endpoint import GONE, trip_at
-from tests.e2e.test_load import request
 
 TRIPS = [trip_at(NOW + (2 + i) * EVERY) for i in range(40)]
 
@@ -83,12 +83,10 @@ def test_answers_of_a_crowd_are_those_of_each_alone(buses_service: Service) -> N
         for _ in range(100):
             reader, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
             writer.write(request({"rows": rows}))
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = next(int(line[15:]) for line in head.lower().splitlines() if line.startswith("content-length:"))
-            body = json.loads(await reader.readexactly(length))
+            status, _, body = await received(reader)
             writer.close()
-            if (status := int(head.split()[1])) != 429:
-                return status, body
+            if status != 429:
+                return status, json.loads(body)
             await asyncio.sleep(0.05)
         raise AssertionError("always told to come again")
 
