@@ -30,7 +30,8 @@ from features.feed import changed_cells, feed, feed_changes, recent
 from features.frame import own_columns
 from features.ingest import in_order, ingest, read_table
 from features.keys import KNOWN
-from features.online import ROWS, OnlineStore
+from features.online import OnlineStore, own_keys
+from features.packed import ROWS
 from features.parts import read_view, write_part
 from features.quick_feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
 from features.quick_feast import types as feast
@@ -97,7 +98,7 @@ def cpu_s() -> float:
 def one_read(store: OnlineStore, own: dict[str, np.ndarray], now: int) -> Any:
     """All views of one entity, as the endpoint looks them up."""
     with store.reading():
-        return store.views_at(own, np.array([now]))[0]
+        return store.features_at(own, np.array([now]))[0]
 
 
 def feeding(spec: Spec, features: Path, place: Path | str, now: int, over: Any) -> None:
@@ -296,7 +297,7 @@ def agreement(
     refs = [f"{s.name}:{c}" for s in stored_views(spec) for c in s.integers]
     answer = theirs.get_online_features(refs, [plain(spec, row) for row in asked], full_feature_names=True).to_dict()
     own = {c: np.concatenate([row[c] for row in asked]) for c in asked[0]}
-    raw = lean.views_at(own, np.full(len(asked), now))[0]
+    raw = lean.views_at(own, np.full(len(asked), now), own_keys(spec, own, (s.key for s in stored_views(spec)), len(asked)))
     equal = compared = 0
     for stored in stored_views(spec):
         for name in stored.integers:

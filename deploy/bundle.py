@@ -30,8 +30,8 @@ from pipelines.spec import Spec
 
 SOURCES = (
     *(f"pipelines/{n}.py" for n in ("__init__", "clock", "errors", "home", "manifest", "predlog", "spec", "trainer")),
-    *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "frame", "keys", "online", "preprocess", "steps", "tokens")),
-    "features/views.py",
+    *(f"features/{n}.py" for n in ("__init__", "cells", "facts", "few", "frame", "keys", "online", "packed", "preprocess")),
+    *(f"features/{n}.py" for n in ("steps", "tokens", "views")),
     *(f"models/{n}.py" for n in ("__init__", "calibrate", "engines", "explain", "score", "served", "words")),
     *(f"deploy/{n}.py" for n in ("__init__", "answer", "batch", "contents", "front", "imports", "keys", "lean", "loaded")),
     *(f"deploy/{n}.py" for n in ("meter", "openapi", "predictions", "requests", "service", "tables", "together", "warm")),

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from deploy.rollout import KEPT, Release, bento_folder, bento_spec, champion, find_release, kept_releases
 from deploy.tables import Counts, Job, Part, Way, check_columns, find_files, in_path, open_source, way_of
 from features.cells import PUSHED, copy_cells
-from features.online import OnlineStore, layouts, served_store
+from features.online import OnlineStore, served_store
+from features.packed import layouts
 from pipelines.clock import Clock, iso
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home, process_env

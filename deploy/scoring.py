@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from deploy.judge import answer
 from deploy.rollout import bento_spec, champion
 from features.keys import SEPARATOR
-from features.online import ROWS, OnlineStore, serve_features, served_store
+from features.online import OnlineStore, serve_features, served_store
+from features.packed import ROWS
 from pipelines.clock import MISSING, Clock, iso
 from pipelines.errors import MillraceError
 from pipelines.home import Home

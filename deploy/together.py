@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from features.online import FEW_ROWS, Served
+from features.few import FEW_ROWS
+from features.online import Served
 
 Row = dict[str, Any]
 Found = tuple[Served, str]  # and what a store that is down said

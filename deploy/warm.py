@@ -7,7 +7,8 @@ import numpy as np
 
 from deploy.requests import Field
 from features.keys import request_key
-from features.online import ROWS, OnlineStore
+from features.online import OnlineStore
+from features.packed import ROWS
 from pipelines.clock import MISSING
 
 LOOKED_AT = 4_000  # rows of the store, of which the one is shown that is asked about soonest

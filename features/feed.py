@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from features.cells import Change, Event, Meta, Update, open_cells, writable_cells
 from features.facts import Facts, int_times
 from features.keys import key_runs, rows_among, text_keys
-from features.online import ROWS, Layout, layout_digest, layouts, pack, pack_steps
+from features.packed import ROWS, Layout, layout_digest, layouts, pack, pack_steps
 from features.parts import by_key, view_by_key
 from features.rows import online_rows
 from features.steps import KEY, TIME

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from features.facts import Columns, floats, int_times
 from features.keys import filled, one_chunk
-from features.views import derive, feature_names
+from features.views import derive, made_of
 from pipelines.clock import MISSING
 from pipelines.errors import UsageError, nearest
 from pipelines.spec import Calendar, Derived, Spec
@@ -56,7 +56,7 @@ def _list(spec: Spec) -> tuple[Feature, ...]:
     if spec.features.calendar:
         found += [Feature(f"local_{part}", "number", "calendar") for part in spec.features.calendar.parts]
     for name, view in spec.features.views.items():
-        found += [Feature(f, k, name) for f, k in feature_names(spec, name, view).items()]  # type: ignore[arg-type]
+        found += [Feature(f, made.kind, name) for f, made in made_of(spec, name, view).items()]  # type: ignore[arg-type]
     found += [Feature(name, "number", "derived") for name in spec.features.derived]
     for function in spec.features.functions:
         found += [Feature(f, "number", function.call.partition(":")[2]) for f in function.outputs]
@@ -121,12 +121,24 @@ def is_missing(values: np.ndarray) -> np.ndarray:
 
 def assemble(spec: Spec, own: Columns, raw: Mapping[str, Mapping[str, Columns]], t: np.ndarray) -> Columns:
     """The features of N rows. `raw`: view → stored view → column → values, as `views.derive` takes them."""
+    return compose(spec, own, derive_all(spec, raw, t, own))
+
+
+def derive_all(spec: Spec, raw: Mapping[str, Mapping[str, Columns]], t: np.ndarray, own: Columns) -> Columns:
+    """The features of all views (N)."""
+    null = {key: null_keys(own, key, len(t)) for key in {view.shape.key for view in spec.features.views.values()}}
+    found: Columns = {}
+    for name, view in spec.features.views.items():
+        found |= derive(spec, name, raw[name], t, own, null[view.shape.key])
+    return found
+
+
+def compose(spec: Spec, own: Columns, of_views: Columns) -> Columns:
+    """The features of N rows from those of all views."""
     frame: Columns = {name: own[name] for name in (*spec.features.row, *spec.features.texts)}
     if spec.features.calendar:
         frame |= local_parts(spec.features.calendar, own[spec.features.calendar.column])
-    null = {key: null_keys(own, key, len(t)) for key in {view.shape.key for view in spec.features.views.values()}}
-    for name, view in spec.features.views.items():
-        frame |= derive(spec, name, raw[name], t, own, null[view.shape.key])
+    frame |= of_views
     frame |= derived_numbers(spec.features.derived, own)
     for function in spec.features.functions:
         inputs = {name: frame[name] if name in frame else own[name] for name in function.inputs}

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from features.facts import int_times
 from features.frame import feature_list
-from features.views import feature_names, stored_of
+from features.views import made_of, stored_of
 from pipelines.clock import MISSING, duration_text, duration_us
 from pipelines.spec import Latest, Open, Sequence, Source, Spec, View, Window
 
@@ -233,7 +233,7 @@ def thin(proposal: Proposal, tables: Mapping[str, pa.Table]) -> Proposal:
     spec, written = proposal.spec, set(proposal.written)
     sizes, dropped, views = _Sizes(spec, tables), list(proposal.dropped), {}
     for name, view in spec.features.views.items():
-        kept = tuple(feature_names(spec, name, view))
+        kept = tuple(made_of(spec, name, view))
         shape = view.shape
         if isinstance(shape, Latest) or not written.isdisjoint(kept):
             views[name] = view
@@ -297,13 +297,13 @@ def _sparse(spec: Spec, name: str, view: View, sizes: _Sizes) -> list[Dropped]:
         facts = sizes.expected(shape, DAY)
         if not least <= facts <= most:
             word = "too sparse" if facts < least else "too dense"
-            found.append(Dropped(tuple(feature_names(spec, name, view)), name, word, f"a day has {facts:.2g} of one chain"))
+            found.append(Dropped(tuple(made_of(spec, name, view)), name, word, f"a day has {facts:.2g} of one chain"))
         return found
     assert isinstance(shape, Window | Open)
     for stored in stored_of(spec, name, view):
         facts = sizes.expected(shape, stored.length)
         if facts < EXPECTED:
-            gone = tuple(f for f in feature_names(spec, name, view) if f.startswith(f"{stored.name}__"))
+            gone = tuple(f for f in made_of(spec, name, view) if f.startswith(f"{stored.name}__"))
             found.append(Dropped(gone, name, "too sparse", f"such a window holds {facts:.2g} facts"))
     return found
 
@@ -318,7 +318,7 @@ def chosen(spec: Spec, kept: Iterable[str]) -> Spec:
     """The spec with these features alone: nothing is stored or served that they do not need."""
     only = set(kept)
     written = spec.features
-    views = {n: only_needed(spec, n, v, [f for f in feature_names(spec, n, v) if f in only]) for n, v in written.views.items()}
+    views = {n: only_needed(spec, n, v, [f for f in made_of(spec, n, v) if f in only]) for n, v in written.views.items()}
     derived = {n for n in written.derived if n in only}
     derived |= {part for n in derived for part in written.derived[n].ratio or () if part in written.derived}
     body = written.model_dump(mode="json", by_alias=True)
@@ -346,7 +346,7 @@ def only_needed(spec: Spec, name: str, view: View, kept: Iterable[str]) -> View 
             smaller = View.model_validate({shape: body})
         except ValidationError:  # the last of what a shape must have
             continue
-        if wanted <= set(feature_names(spec, name, smaller)):
+        if wanted <= set(made_of(spec, name, smaller)):
             view = smaller
     return view
 

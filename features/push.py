@@ -33,7 +33,7 @@ from features.ingest import (
     write_facts,
 )  # fmt: skip
 from features.keys import KNOWN, codes_of, key_arrays, one_chunk, rows_among, text_keys
-from features.online import layout_digest
+from features.packed import layout_digest
 from features.quarantine import own_reasons
 from pipelines.clock import MISSING, iso
 from pipelines.errors import MillraceError, nearest

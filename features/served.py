@@ -21,7 +21,8 @@ from feast.types import Bool, Float64, Int64, String
 
 from features.cells import FEAST, Meta, open_cells, writable_cells
 from features.keys import text_key
-from features.online import KEY_TAG, LAYOUT_TAG, Layout, anchor_of, read_cells
+from features.online import anchor_of, read_cells
+from features.packed import KEY_TAG, LAYOUT_TAG, Layout
 from features.steps import TIME, as_of
 from pipelines.clock import MISSING, Anchor, Clock, wall_us
 

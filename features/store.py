@@ -22,7 +22,8 @@ from features.facts import Columns, Facts
 from features.frame import as_array, assemble, feature_list, own_columns
 from features.ingest import Snapshot, facts_since, grew_from, newest, read_snapshot, read_table
 from features.keys import filled, one_chunk
-from features.online import KEY_TAG, LAYOUT_TAG, layouts, served_store
+from features.online import served_store
+from features.packed import KEY_TAG, LAYOUT_TAG, layouts
 from features.parts import Base, write_parts
 from features.rows import online_rows
 from features.steps import TIME

@@ -1,6 +1,6 @@
 """What the views of a spec are stored as, and the features that are derived from what was looked up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +107,8 @@ def stored_for(spec: Spec, name: str, feature: str) -> tuple[str, ...]:
     """The stored views that a feature of a view, or of no view, is made of."""
     if name not in spec.features.views:
         return ()
-    prefix, column = feature.split("__", 1)
-    shape = spec.features.views[name].shape
-    ago = column.rpartition("_change_")[2] if isinstance(shape, Latest) and column not in shape.columns else ""
-    return (prefix, f"{prefix}_ago_{ago}") if ago else (prefix,)
+    made = made_of(spec, name, spec.features.views[name])[feature]
+    return tuple(dict.fromkeys(stored for stored, _ in made.of if stored != OWN))
 
 
 def resolution(source: Source, name: str) -> float:
@@ -119,115 +117,101 @@ def resolution(source: Source, name: str) -> float:
     return column.resolution or 1.0 if column.type == "float64" else 1.0
 
 
-def feature_names(spec: Spec, name: str, view: View) -> dict[str, str]:
-    """The features of a view: name → number | category."""
+@dataclass(frozen=True)
+class Made:
+    """How a feature of a view is made: a formula, the columns that go into it, each (stored view or OWN, column), and numbers.
+
+    `older`: what a sum that is one window older counts for (ewm).
+    """
+
+    formula: str
+    of: tuple[tuple[str, str], ...]
+    scale: float = 1.0
+    older: float = 0.0
+    kind: str = "number"  # number | category
+
+
+OWN = ""  # the row itself, in place of a stored view
+
+
+def made_of(spec: Spec, name: str, view: View) -> dict[str, Made]:
+    """The features of a view, by name."""
     shape, source = view.shape, spec.sources[view.shape.source]
-    kinds = {"string": "category"}
-    found: dict[str, str] = {}
+    tables = stored_of(spec, name, view)
     if isinstance(shape, Window):
-        for prefix in (stored.name for stored in stored_of(spec, name, view)):
-            found |= {f"{prefix}__count": "number"} if shape.count else {}
-            found |= {f"{prefix}__{c}_sum": "number" for c in shape.sum}
-            found |= {f"{prefix}__{c}_mean": "number" for c in shape.mean}
-            found |= {f"{prefix}__{c}_std": "number" for c in shape.std}
-            found |= {f"{prefix}__{c}_share": "number" for c in shape.share}
-            for kind, columns in (("min", shape.min), ("max", shape.max), ("nunique", shape.nunique), ("newest", shape.newest)):
-                found |= {f"{prefix}__{c}_{kind}": "number" for c in columns}
-            found |= {f"{prefix}__minutes_since": "number"} if shape.since else {}
-            found |= {f"{prefix}__{c}_ewm": "number" for c in (shape.ewm.columns if shape.ewm else ())}
-    elif isinstance(shape, Open):
-        for length in shape.last:
-            prefix = f"{name}_{duration_text(length)}"
-            found |= {f"{prefix}__{c}": "number" for c in ("due", "open", "open_share", "late_mean")}
-    elif isinstance(shape, Latest):
-        found = {f"{name}__{c}": kinds.get(source.columns[c].type, "number") for c in shape.columns}
+        return {f"{s.name}__{n}": made for s in tables for n, made in _made_of_window(shape, source, s).items()}
+    if isinstance(shape, Open):
+        parts = {"due": ("number", "_due"), "open": ("number", "_open"), "open_share": ("ratio", "_open", "_due"),
+                 "late_mean": ("late", "_open", "_over")}  # fmt: skip
+        return {f"{s.name}__{n}": Made(f, tuple((s.name, c) for c in of)) for s in tables for n, (f, *of) in parts.items()}
+    kinds = {c: "category" if source.columns[c].type == "string" else "number" for c in shape.columns}
+    if isinstance(shape, Latest):
+        made = {f"{name}__{c}": Made("value", ((name, held(c, shape.key)),), kind=kinds[c]) for c in shape.columns}
         for ago in shape.change.over if shape.change else ():
             assert shape.change is not None
-            found |= {f"{name}__{c}_change_{duration_text(ago)}": "number" for c in shape.change.columns}
-    else:
-        found = {f"{name}__gap_min": "number"}
-        for c in shape.columns:
-            kind = source.columns[c].type
-            found[f"{name}__{c}" + ("_min" if kind == "timestamp" else "")] = kinds.get(kind, "number")
-        found |= {f"{name}__{s}_{c}": "number" for s, cs in shape.facts.items() for c in cs}
-    return found
+            before = f"{name}_ago_{duration_text(ago)}"
+            for c in shape.change.columns:
+                both = tuple((stored, held(c, shape.key)) for stored in (name, before))
+                made[f"{name}__{c}_change_{duration_text(ago)}"] = Made("change", both)
+        return made
+    made = {f"{name}__gap_min": Made("gap", ((OWN, shape.order), (name, "_order")))}
+    for c in shape.columns:
+        timed = source.columns[c].type == "timestamp"
+        of = ((name, held(c, shape.key)),)
+        made[f"{name}__{c}" + ("_min" if timed else "")] = Made("age" if timed else "value", of, kind=kinds[c])
+    return made | {f"{name}__{s}_{c}": Made("value", ((name, f"_{s}_{c}"),)) for s, cs in shape.facts.items() for c in cs}
+
+
+def _made_of_window(shape: Window, source: Source, stored: Stored) -> dict[str, Made]:
+    def of(formula: str, *columns: str, scale: float = 1.0, older: float = 0.0) -> Made:
+        return Made(formula, tuple((stored.name, column) for column in columns), scale, older)
+
+    made = {"count": of("number", "_count")} if shape.count else {}
+    step = {c: resolution(source, c) for c in (*shape.added, *shape.min, *shape.max, *shape.newest)}
+    made |= {f"{c}_sum": of("number", f"_{c}_sum", scale=step[c]) for c in shape.sum}
+    made |= {f"{c}_mean": of("ratio", f"_{c}_sum", f"_{c}_n", scale=step[c]) for c in shape.mean}
+    made |= {f"{c}_std": of("spread", f"_{c}_n", f"_{c}_sum", f"_{c}_squares", scale=step[c]) for c in shape.std}
+    made |= {f"{c}_share": of("ratio", f"_{c}_hits", f"_{told.column}_n") for c, told in shape.share.items()}
+    for word, columns in (("min", shape.min), ("max", shape.max)):
+        made |= {f"{c}_{word}": of("known", f"_{c}_{word}", scale=step[c]) for c in columns}
+    made |= {f"{c}_nunique": of("number", f"_{c}_nunique") for c in shape.nunique}
+    made |= {f"{c}_newest": of("known", f"_{c}_newest", scale=step[c]) for c in shape.newest}
+    made |= {"minutes_since": of("since", "_newest")} if shape.since else {}
+    for c in shape.ewm.columns if shape.ewm else ():
+        assert shape.ewm is not None
+        older = 2.0 ** (-stored.length / shape.ewm.half_life)
+        made[f"{c}_ewm"] = of("ewm", *(f"_{c}_{part}" for part in EWM), scale=resolution(source, c), older=older)
+    return made
 
 
 def derive(
     spec: Spec, name: str, raw: Mapping[str, Columns], t: np.ndarray, own: Columns, null_key: np.ndarray
 ) -> Columns:
-    """The features of one view from what was looked up: the only place where sums become means.
+    """The features of one view from what was looked up.
 
     `raw`: stored view → column → values (Q): int64, 0 where there is no step; float64 with NaN, or objects with
     None. `own`: request fields as int64 µs. `null_key` (Q): where part of the key is null.
     """
-    shape = spec.features.views[name].shape
-    source = spec.sources[shape.source]
     found: Columns = {}
-    if isinstance(shape, Window):
-        lengths = {f"{name}_{duration_text(length)}": length for length in shape.last} if shape.ewm else {}
-        for prefix, columns in raw.items():
-            if shape.count:
-                found[f"{prefix}__count"] = columns["_count"].astype(np.float64)
-            for c in shape.sum:
-                found[f"{prefix}__{c}_sum"] = columns[f"_{c}_sum"].astype(np.float64) * resolution(source, c)
-            for c in shape.mean:
-                n, total = columns[f"_{c}_n"], columns[f"_{c}_sum"]
-                found[f"{prefix}__{c}_mean"] = _ratio(total, n) * resolution(source, c)
-            for c in shape.std:
-                n, total, squares = (columns[f"_{c}_{part}"] for part in ("n", "sum", "squares"))
-                variance = _ratio(squares, n) - _ratio(total, n) ** 2
-                found[f"{prefix}__{c}_std"] = np.sqrt(np.maximum(variance, 0.0)) * resolution(source, c)
-            for c, condition in shape.share.items():
-                found[f"{prefix}__{c}_share"] = _ratio(columns[f"_{c}_hits"], columns[f"_{condition.column}_n"])
-            for kind, names in (("min", shape.min), ("max", shape.max), ("newest", shape.newest)):
-                for c in names:
-                    found[f"{prefix}__{c}_{kind}"] = _unless_missing(columns[f"_{c}_{kind}"]) * resolution(source, c)
-            for c in shape.nunique:
-                found[f"{prefix}__{c}_nunique"] = columns[f"_{c}_nunique"].astype(np.float64)
-            if shape.since:
-                newest = columns["_newest"]
-                found[f"{prefix}__minutes_since"] = _unless_missing(np.where(newest == MISSING, MISSING, t - newest)) / 60e6
-            for c in shape.ewm.columns if shape.ewm else ():
-                assert shape.ewm is not None
-                n, total, n_before, total_before = (columns[f"_{c}_{part}"] for part in EWM)
-                older = 2.0 ** (-lengths[prefix] / shape.ewm.half_life)
-                weighted = _ratio(total + total_before * older, n + n_before * older)
-                found[f"{prefix}__{c}_ewm"] = weighted * resolution(source, c)
-    elif isinstance(shape, Open):
-        for prefix, columns in raw.items():
-            due, still = columns["_due"], columns["_open"]
-            found[f"{prefix}__due"], found[f"{prefix}__open"] = due.astype(np.float64), still.astype(np.float64)
-            found[f"{prefix}__open_share"] = _ratio(still, due)
-            with np.errstate(over="ignore"):
-                late = still * t - columns["_over"]
-            found[f"{prefix}__late_mean"] = _ratio(late, still) / 60e6
-    elif isinstance(shape, Latest):
-        found = {f"{name}__{c}": raw[name][held(c, shape.key)] for c in shape.columns}
-        for ago in shape.change.over if shape.change else ():
-            assert shape.change is not None
-            before = raw[f"{name}_ago_{duration_text(ago)}"]
-            for c in shape.change.columns:
-                kept = held(c, shape.key)
-                found[f"{name}__{c}_change_{duration_text(ago)}"] = raw[name][kept] - before[kept]
-    else:
-        columns = raw[name]
-        there = columns["_order"] != MISSING
-        gap = np.where(there, own[shape.order] - np.where(there, columns["_order"], 0), 0)
-        found[f"{name}__gap_min"] = np.where(there, gap / 60e6, np.nan)
-        for c in shape.columns:
-            values = columns[held(c, shape.key)]
-            if source.columns[c].type == "timestamp":
-                known = values != MISSING
-                found[f"{name}__{c}_min"] = np.where(known, (t - np.where(known, values, 0)) / 60e6, np.nan)
-            else:
-                found[f"{name}__{c}"] = values
-        found |= {f"{name}__{s}_{c}": columns[f"_{s}_{c}"] for s, cs in shape.facts.items() for c in cs}
-    if null_key.any():
-        for feature, values in found.items():
-            missing: Any = None if values.dtype == object else np.nan
-            found[feature] = np.where(null_key, missing, values)
-    return found
+    for feature, made in made_of(spec, name, spec.features.views[name]).items():
+        columns = [own[c] if stored == OWN else raw[stored][c] for stored, c in made.of]
+        found[feature] = FORMULAS[made.formula](*columns, t=t, scale=made.scale, older=made.older)
+    return without_key(found, null_key) if null_key.any() else found
+
+
+def without_key(found: Columns, null_key: np.ndarray) -> Columns:
+    """The same with nothing where part of the key is null (Q)."""
+    nothing: dict[bool, Any] = {True: None, False: np.nan}
+    return {name: np.where(null_key, nothing[values.dtype == object], values) for name, values in found.items()}
+
+
+# The only place where sums become means. Each takes arrays of one shape, integers unless it says otherwise, and gives float64;
+# t µs, `scale` and `older` fit to them: a thousand rows of one feature, or one row of many
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b as float64, NaN where b is 0."""
+    return np.divide(a, b, out=np.full(b.shape, np.nan), where=b != 0)
 
 
 def _unless_missing(values: np.ndarray) -> np.ndarray:
@@ -235,9 +219,41 @@ def _unless_missing(values: np.ndarray) -> np.ndarray:
     return np.where(values == MISSING, np.nan, values.astype(np.float64))
 
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b as float64, NaN where b is 0."""
-    if len(b) == 1:  # the same without an array's costs
-        below = float(b[0])
-        return np.array([float(a[0]) / below if below else np.nan])
-    return np.divide(a, b, out=np.full(len(b), np.nan), where=b != 0)
+def _spread(n: np.ndarray, total: np.ndarray, squares: np.ndarray, *, scale: Any, **_: Any) -> np.ndarray:
+    variance = _ratio(squares, n) - _ratio(total, n) ** 2
+    return np.sqrt(np.maximum(variance, 0.0)) * scale
+
+
+def _ewm(
+    n: np.ndarray, total: np.ndarray, n_before: np.ndarray, total_before: np.ndarray, *, scale: Any, older: Any, **_: Any
+) -> np.ndarray:  # fmt: skip
+    return _ratio(total + total_before * older, n + n_before * older) * scale
+
+
+def _since(newest: np.ndarray, *, t: np.ndarray, **_: Any) -> np.ndarray:
+    return _unless_missing(np.where(newest == MISSING, MISSING, t - newest)) / 60e6
+
+
+def _gap(own: np.ndarray, order: np.ndarray, **_: Any) -> np.ndarray:
+    there = order != MISSING
+    return np.where(there, np.where(there, own - np.where(there, order, 0), 0) / 60e6, np.nan)
+
+
+def _age(values: np.ndarray, *, t: np.ndarray, **_: Any) -> np.ndarray:
+    known = values != MISSING
+    return np.where(known, (t - np.where(known, values, 0)) / 60e6, np.nan)
+
+
+FORMULAS: dict[str, Callable[..., np.ndarray]] = {
+    "number": lambda values, *, scale, **_: values.astype(np.float64) * scale,
+    "ratio": lambda a, b, *, scale, **_: _ratio(a, b) * scale,
+    "spread": _spread,
+    "known": lambda values, *, scale, **_: _unless_missing(values) * scale,
+    "since": _since,
+    "ewm": _ewm,
+    "late": lambda still, over, *, t, **_: _ratio(still * t - over, still) / 60e6,  # sums of int64 may wrap, and wrap back
+    "value": lambda values, **_: values,  # float64, or objects
+    "change": lambda now, before, **_: now - before,  # float64
+    "gap": _gap,
+    "age": _age,
+}

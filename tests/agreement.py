@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from features.facts import Columns
 from features.feed import feed
-from features.frame import assemble, feature_list, own_columns
+from features.frame import compose, feature_list, own_columns
 from features.ingest import ARROW, Snapshot, cut, ingest, read_table
 from features.online import OnlineStore, serve_features
 from features.rows import PARTS, find_rows, online_rows
@@ -191,8 +191,7 @@ def features_at(store: OnlineStore, asked: Sequence[Asked]) -> Columns:
     """The frame of given rows, each at its own time, from what the store holds."""
     spec, t = store.spec, np.array([t for _, t in asked], np.int64)
     own = own_columns(spec, arrow(spec.row_source, [version for version, _ in asked]))
-    raw, _ = store.views_at(own, t)
-    return assemble(spec, own, raw, t)
+    return compose(spec, own, store.features_at(own, t)[0])
 
 
 def served_differences(world: World, store: OnlineStore) -> list[str]:

@@ -22,7 +22,8 @@ from deploy.rollout import Release, bento_folder, feed_all, promote
 from features.cells import Event, open_cells
 from features.erased import Entity
 from features.ingest import Snapshot, ingest, read_snapshot, read_table
-from features.online import ROWS, OnlineStore, serve_features
+from features.online import OnlineStore, serve_features
+from features.packed import ROWS
 from features.push import BadEvent, Pusher
 from features.store import build_features
 from features.trainset import build_training_set

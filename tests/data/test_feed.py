@@ -16,6 +16,7 @@ from features.facts import Facts
 from features.feed import changed_cells, feed, feed_changes, recent
 from features.keys import KNOWN, rows_among
 from features.online import OnlineStore, serve_features
+from features.packed import layouts
 from features.store import write_views
 from features.windows import build_views
 from pipelines.clock import NEVER, Anchor
@@ -161,12 +162,12 @@ def test_cells_that_change_are_those_of_their_tables_to_the_byte(tmp_path: Path)
     compared = 0
     for seed in range(5_000, 5_004):
         world = make_world(seed, tmp_path / str(seed))
-        anchor, layouts = sorted(t for _, t in world.asked())[len(world.asked()) // 2], online.layouts(world.spec)
+        anchor, packing = sorted(t for _, t in world.asked())[len(world.asked()) // 2], layouts(world.spec)
         changes = {change[:2]: change[2] for change in changed_cells(world.spec, world.tables, world.tables, anchor)}
         for name in world.spec.features.views:
-            since = feeding._first(world.spec, layouts[name], anchor) if name in layouts else anchor
+            since = feeding._first(world.spec, packing[name], anchor) if name in packing else anchor
             for stored, table in build_views(Facts(world.spec, world.tables), name, since):
-                whole = dict(feeding._packed(world.spec, layouts[stored.name], table, anchor))
+                whole = dict(feeding._packed(world.spec, packing[stored.name], table, anchor))
                 some = {key: packed for (view, key), packed in changes.items() if view == stored.name and packed is not None}
                 assert some == whole, (seed, stored.name)
                 compared += len(whole)
@@ -193,6 +194,6 @@ def test_only_what_is_touched_is_written(tmp_path: Path) -> None:
     one = world.tables[name].slice(0, 1)
     changes = list(changed_cells(world.spec, world.tables, {name: one}, 0))
     cells = open_cells(place)
-    every = {(view, key) for view in online.layouts(world.spec) for key in cells.keys(view)}
+    every = {(view, key) for view in layouts(world.spec) for key in cells.keys(view)}
     assert 0 < len(changes) < len(every) and {change[:2] for change in changes} <= every
     assert serve_features(OnlineStore(world.spec, place), [world.case.requests[0].version], 0)

@@ -9,7 +9,8 @@ import pytest
 
 from deploy.process import Service, call
 from deploy.together import Together
-from features.online import FEW_ROWS, Looked, Served
+from features.few import FEW_ROWS
+from features.online import Looked, Served
 from tests.e2e.buses import EVERY, NOW
 from tests.e2e.raw_http import received, request
 from tests.e2e.test_endpoint import GONE, trip_at
