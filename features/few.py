@@ -34,7 +34,7 @@ class _Alike:
 
 
 class Few:
-    """How the features of a spec are made of its stored views; those of sequences are not among them.
+    """How the features of a spec are made of its stored views; those of sequences are looked for elsewhere.
 
     R rows, V stored views, W cells of a row.
     """
@@ -47,33 +47,38 @@ class Few:
             place |= {(layout.view, column): len(place) + i for i, column in enumerate((*layout.times, *layout.numbers))}
         numbers = {(layout.view, column) for layout, _ in self.plan for column in layout.numbers}
         self.events = {s.view: place[s.name, "_event"] for s in self.stored if s.kind == "steps" and "_event" in s.integers}
-        self.words: dict[str, tuple[int, int]] = {}  # category → stored view, and which of its words
+        self.words: dict[int, dict[str, int]] = defaultdict(dict)  # stored view → category → which of its words
         self.keyed: dict[tuple[str, ...], list[str]] = defaultdict(list)  # key of a view → its features
+        self.sequences: dict[str, dict[str, Made]] = {}  # by view: of what its features are made
         some: dict[str, list[tuple[str, Made]]] = defaultdict(list)
         at = {s.name: i for i, s in enumerate(self.stored)}
         for name, view in spec.features.views.items():
-            for feature, made in made_of(spec, name, view).items() if view.sequence is None else ():
+            every = made_of(spec, name, view)
+            if view.sequence is not None:
+                self.sequences[name] = every
+                continue
+            for feature, made in every.items():
                 self.keyed[view.shape.key].append(feature)
                 if made.kind == "category":
                     ((table, column),) = made.of
-                    self.words[feature] = at[table], layouts[table].words.index(column)
+                    self.words[at[table]][feature] = layouts[table].words.index(column)
                 else:
                     some[made.formula].append((feature, made))
         self.names = [feature for alike in some.values() for feature, _ in alike]
         self.alike, begin = [], 0
         for formula, features in some.items():
-            every = [made for _, made in features]
-            cells = tuple(np.array([place[ref] for ref in refs]) for refs in zip(*(made.of for made in every), strict=True))
-            scale, older = (np.array([[getattr(made, which)] for made in every]) for which in ("scale", "older"))
-            to = slice(begin, begin := begin + len(every))
-            self.alike.append(_Alike(formula, to, cells, every[0].of[0] in numbers, scale, older))
+            alike = [made for _, made in features]
+            cells = tuple(np.array([place[ref] for ref in refs]) for refs in zip(*(made.of for made in alike), strict=True))
+            scale, older = (np.array([[getattr(made, which)] for made in alike]) for which in ("scale", "older"))
+            to = slice(begin, begin := begin + len(alike))
+            self.alike.append(_Alike(formula, to, cells, alike[0].of[0] in numbers, scale, older))
 
     def features(
         self, packed: Sequence[Sequence[bytes]], t: np.ndarray, null: Mapping[tuple[str, ...], np.ndarray]
     ) -> tuple[Columns, dict[str, np.ndarray]]:
         """Features (R) at times t, and event times of the latest views. `packed` (V, R), empty where a key has no value;
         `null` (R): where part of a key is null, for the keys of which that is so."""
-        newest = [self._newest(of, now) for of, now in zip(zip(*packed, strict=True), t.tolist(), strict=True)]
+        newest = [self._newest([of[i] for of in packed], now) for i, now in enumerate(t.tolist())]
         cells = np.frombuffer(b"".join([piece for row in newest for piece, _ in row]), np.int64).reshape(len(t), -1).T
         floats = cells.T.view(np.float64).T
         made = np.empty((len(self.names), len(t)))
@@ -82,10 +87,9 @@ class Few:
             columns = [source[of] for of in alike.cells]
             made[alike.to] = FORMULAS[alike.formula](*columns, t=t, scale=alike.scale, older=alike.older)
         found: Columns = dict(zip(self.names, made, strict=True))
-        for feature, (table, word) in self.words.items():
-            of = zip(packed[table], newest, strict=True)
-            found[feature] = np.array([_words(self.plan[table][0], p)[word][row[table][1]] if row[table][1] >= 0 else None
-                                       for p, row in of], object)  # fmt: skip
+        for table, features in self.words.items():
+            words = [_words(self.plan[table][0], of, row[table][1]) for of, row in zip(packed[table], newest, strict=True)]
+            found |= {feature: np.array([of[i] for of in words], object) for feature, i in features.items()}
         for key, rows in null.items():
             found |= without_key({feature: found[feature] for feature in self.keyed.get(key, ())}, rows)
         return found, {view: cells[at] for view, at in self.events.items()}
@@ -111,7 +115,8 @@ def _blank(stored: Stored, layout: Layout) -> bytes:
     return row.tobytes()
 
 
-def _words(layout: Layout, packed: bytes) -> list[list[str | None]]:
-    """The words of a packed value, column by column."""
-    words: list[list[str | None]] = json.loads(packed[4 + int.from_bytes(packed[:4], "little") * layout.width :])
-    return words
+def _words(layout: Layout, packed: bytes, step: int) -> list[str | None]:
+    """The words of a step of a packed value; −1: of none."""
+    if step < 0:
+        return [None] * len(layout.words)
+    return [column[step] for column in json.loads(packed[4 + int.from_bytes(packed[:4], "little") * layout.width :])]

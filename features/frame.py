@@ -182,22 +182,26 @@ def local_parts(calendar: Calendar, t: np.ndarray) -> Columns:
     """Parts of a time in local time, each float64 with NaN where the time is missing (N)."""
     there = t != MISSING
     local = np.where(there, t, 0) + _offsets(calendar.timezone, np.where(there, t, 0))
-    day = local // DAY
-    month_day = day.astype("datetime64[D]")
-    month = month_day.astype("datetime64[M]")
-    year = month_day.astype("datetime64[Y]")
-    parts = {
-        "minute_of_day": local % DAY // 60_000_000,
-        "hour": local % DAY // HOUR,
-        "weekday": (day + 3) % 7,  # 1970-01-01 was a Thursday; Monday is 0
-        "day": (month_day - month).astype(np.int64) + 1,
-        "month": month.astype(np.int64) % 12 + 1,
-        "day_of_year": (month_day - year).astype(np.int64) + 1,
-    }
-    return {f"local_{p}": np.where(there, parts[p].astype(np.float64), np.nan) for p in calendar.parts}
+    return {f"local_{part}": np.where(there, _PARTS[part](local).astype(np.float64), np.nan) for part in calendar.parts}
+
+
+def _date(local: np.ndarray, unit: str) -> np.ndarray:
+    return (local // DAY).astype("datetime64[D]").astype(f"datetime64[{unit}]")
+
+
+_PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "minute_of_day": lambda local: local % DAY // 60_000_000,
+    "hour": lambda local: local % DAY // HOUR,
+    "weekday": lambda local: (local // DAY + 3) % 7,  # 1970-01-01 was a Thursday; Monday is 0
+    "day": lambda local: (_date(local, "D") - _date(local, "M")).astype(np.int64) + 1,
+    "month": lambda local: _date(local, "M").astype(np.int64) % 12 + 1,
+    "day_of_year": lambda local: (_date(local, "D") - _date(local, "Y")).astype(np.int64) + 1,
+}
 
 
 def _offsets(timezone: str, t: np.ndarray) -> np.ndarray:
+    if len(t) == 1:
+        return np.array([_offset(timezone, int(t[0]) // QUARTER)])
     quarters, inverse = np.unique(t // QUARTER, return_inverse=True)  # clocks change on a quarter of an hour
     return np.array([_offset(timezone, int(quarter)) for quarter in quarters], np.int64)[inverse]
 

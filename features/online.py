@@ -16,7 +16,7 @@ from features.frame import compose, derive_all
 from features.keys import request_key, text_key
 from features.packed import ROWS, Layout, layout_digest, layouts, unpack
 from features.steps import TIME, as_of, previous
-from features.views import RECENT, Stored, absent, derive, stored_views
+from features.views import RECENT, Stored, absent, formed, stored_views
 from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.spec import Sequence as Chain
@@ -153,8 +153,11 @@ class OnlineStore:
         if self.spec.predict_at is not None and there.any():
             due = columns[self.spec.predict_at.column][safe]
             there &= (due == MISSING) | (due >= now - RECENT)
+        source = self.spec.row_source.columns
+        if there.all():
+            return {name: columns[name][safe] for name in source}, ~there, columns["_closed_at"][safe]
         own: Columns = {}
-        for name, column in self.spec.row_source.columns.items():
+        for name, column in source.items():
             asked = np.array([r.get(name) for r in requests], object)
             own[name] = _column(column.type, columns[name][safe] if len(columns[name]) else None, there, asked)
         closed = np.where(there, columns["_closed_at"][safe], NEVER) if there.any() else np.full(len(requests), NEVER)
@@ -163,7 +166,7 @@ class OnlineStore:
     def features_at(self, own: Columns, t: np.ndarray) -> tuple[Columns, dict[str, np.ndarray]]:
         """The features of all views for rows at their times, and the event times of the latest views."""
         keys = own_keys(self.spec, own, (stored.key for stored in self.stored), len(t))
-        if len(t) <= FEW_ROWS:
+        if 0 < len(t) <= FEW_ROWS:
             return self._of_few(own, t, keys)
         raw = self.views_at(own, t, keys)
         events = {s.view: raw[s.view][s.name]["_event"] for s in self.stored if s.kind == "steps" and "_event" in s.integers}
@@ -186,12 +189,12 @@ class OnlineStore:
         packed = {s.name: [cells.get(k, b"") for k in keys[s.key]] for s, cells in zip(self.stored, held, strict=True)}  # type: ignore[arg-type]
         null = {key: np.array([k is None for k in texts]) for key, texts in keys.items() if None in texts}
         found, events = self.few.features([packed[s.name] for s in self.few.stored], t, null)
-        for name, view in self.spec.features.views.items():
-            if view.sequence is not None:
-                stored = next(s for s in self.stored if s.name == name)
-                start, columns = unpack(self.layouts[name], packed[name])
-                raw = {name: _many(stored, columns, self._found(stored, start, columns, np.arange(len(t)), own, t))}
-                found |= derive(self.spec, name, raw, t, own, null.get(stored.key, np.zeros(len(t), bool)))
+        for stored in self.stored:
+            if stored.kind == "sequence":
+                start, columns = unpack(self.layouts[stored.name], packed[stored.name])
+                raw = {stored.name: _many(stored, columns, self._found(stored, start, columns, np.arange(len(t)), own, t))}
+                made = self.few.sequences[stored.view]
+                found |= formed(made, raw, t, own, null.get(stored.key, np.zeros(len(t), bool)))
         return found, events
 
     def _found(

@@ -91,8 +91,11 @@ class Preprocess:
         """The model inputs of a frame of B rows; `tokens`: of its texts, where they have been read before."""
         rows = len(next(iter(frame.values())))
         numbers = np.empty((rows, len(self.numbers)))
-        for i, name in enumerate(self.numbers):
-            numbers[:, i] = frame[name]
+        if rows == 1 and self.numbers:
+            np.concatenate([frame[name] for name in self.numbers], out=numbers[0])
+        else:
+            for i, name in enumerate(self.numbers):
+                numbers[:, i] = frame[name]
         codes = np.zeros((rows, len(self.categories)), np.int64)
         for i, (name, lookup) in enumerate(zip(self.categories, self._lookups, strict=True)):
             codes[:, i] = [lookup.get(value, UNSEEN) for value in frame[name].tolist()]

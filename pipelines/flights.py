@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,15 +97,19 @@ def new_york_offset_us(utc_us: np.ndarray) -> np.ndarray:
 
 def _days_to_holiday(days: np.ndarray) -> np.ndarray:
     """Signed days to the nearest holiday, clipped to [-7, 7]; of two equally near, the one ahead."""
-    years = np.unique(_year(days))
-    holidays = _holidays(np.unique(np.concatenate([years - 1, years, years + 1])))
+    if not len(days):
+        return days
+    years = _year(days)
+    holidays = _holidays(int(years.min()) - 1, int(years.max()) + 1)
     ahead = np.searchsorted(holidays, days)
     to_next, to_last = holidays[ahead] - days, holidays[ahead - 1] - days
     return np.clip(np.where(to_next <= -to_last, to_next, to_last), -7, 7)
 
 
-def _holidays(years: np.ndarray) -> np.ndarray:
-    """Sorted days of New Year, Memorial, Independence and Labor Day, Thanksgiving and Christmas."""
+@cache
+def _holidays(first: int, last: int) -> np.ndarray:
+    """Sorted days of New Year, Memorial, Independence and Labor Day, Thanksgiving and Christmas, in the years first to last."""
+    years = np.arange(first, last + 1)
     return np.sort(np.concatenate([
         _first_of(years, 1),
         _nth_weekday(years, 6, weekday=0, n=0),     # the last Monday of May

@@ -25,12 +25,13 @@ from deploy.process import free_port
 from features.cells import Update, open_cells, writable_cells
 from features.facts import Columns
 from features.feed import feed
-from features.frame import own_columns
+from features.few import FEW_ROWS
+from features.frame import derive_all, own_columns
 from features.online import OnlineStore, own_keys
 from features.store import build_features, open_feast
 from features.views import absent, stored_views
 from pipelines.clock import Anchor
-from tests.agreement import arrow, make_world, same_frames
+from tests.agreement import arrow, make_world, same_frames, serve_world
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
@@ -56,6 +57,22 @@ def test_feast_reads_the_cells_that_the_endpoint_reads(seed: int, tmp_path: Path
         for name, columns in tables.items():
             if next(s for s in stored_views(spec) if s.name == name).kind != "sequence":
                 assert same_frames(columns, through[view][name]) == [], (seed, name)
+
+
+@pytest.mark.parametrize("seed", range(3030, 3042))
+def test_few_rows_have_the_features_of_many(seed: int, tmp_path: Path) -> None:
+    """What is cut out of the packed values, each formula once over all views, is what their columns give view by view."""
+    world = make_world(seed, tmp_path)
+    times = sorted(request.t for request in world.case.requests)
+    store, spec = serve_world(world, tmp_path, anchor=times[4]), world.spec
+    versions = [request.version for request in world.case.requests][:FEW_ROWS]
+    own, t = own_columns(spec, arrow(spec.row_source, versions)), np.maximum(times[: len(versions)], times[4])
+    keys = own_keys(spec, own, (s.key for s in stored_views(spec)), len(t))
+    few, many = store.features_at(own, t)[0], derive_all(spec, store.views_at(own, t, keys), t, own)
+    assert few.keys() == many.keys() and same_frames(few, {name: many[name] for name in few}) == []
+    for i in range(0, len(t), 5):
+        alone, row = store.features_at({n: v[i : i + 1] for n, v in own.items()}, t[i : i + 1])[0], slice(i, i + 1)
+        assert same_frames(alone, {name: few[name][row] for name in alone}) == []
 
 
 def through_feast(store: FeatureStore, spec: Any, own: Columns, rows: int) -> dict[str, dict[str, Columns]]:
