@@ -51,6 +51,52 @@ def hurry() -> None:
         protocol.data_received = _received(protocol.data_received)
 
 
+def joined() -> None:
+    """Sends the head of an answer together with its body: uvicorn sends them one after the other, and wakes the client twice."""
+    with suppress(ImportError):
+        from uvicorn.protocols.http.httptools_impl import RequestResponseCycle as Cycle
+
+        whole: Any = Cycle.send
+
+        async def send(self: Any, message: Any) -> None:
+            if not isinstance(self.transport, _Joined):
+                self.transport = _Joined(self.transport)
+            await whole(self, message)
+            if message["type"] != "http.response.start":
+                self.transport.flush()
+
+        Cycle.send = send  # type: ignore[method-assign]
+
+
+class _Joined:
+    """A transport that keeps what is written until more comes."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.kept = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Keeps the first part (the head), and sends it with the next."""
+        if self.kept:
+            data, self.kept = self.kept + data, b""
+            self.transport.write(data)
+        else:
+            self.kept = data
+
+    def flush(self) -> None:
+        """Sends what is kept: an answer without a body, or the end of one."""
+        if self.kept:
+            self.transport.write(self.kept)
+            self.kept = b""
+
+    def close(self) -> None:
+        """As the transport, after what is kept."""
+        self.flush()
+        self.transport.close()
+
+
 def eager() -> None:
     """Lets uvicorn run on asyncio's own loop: libuv's takes one new connection between two rounds of answers, so that in a flood
     the others wait in the socket for seconds, where `Door` does not see them."""

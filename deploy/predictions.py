@@ -65,11 +65,13 @@ class Private:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answered request, ready to be written: a value of each column of the log for R rows, and their features (R)."""
+    """One answered request, ready to be written: a value of each column of the log for R rows, and their features: `numbers`
+    float64 (R, F) with NaN, and the others by name (R)."""
 
     clock_us: int
     rows: Sequence[Mapping[str, object]]
-    frame: Columns
+    numbers: np.ndarray
+    words: Columns
 
 
 class PredictionLog:
@@ -78,7 +80,7 @@ class PredictionLog:
     def __init__(
         self, root: Path, numbers: Sequence[str], words: Sequence[str], flush_us: int, private: Private | None = None
     ) -> None:  # fmt: skip
-        self.root, self.private = root, private or Private()
+        self.root, self.private, self.place = root, private or Private(), {name: i for i, name in enumerate(numbers)}
         self.schema = schema(*([n for n in names if n not in self.private.dropped] for names in (numbers, words)))
         self.flush_s = flush_us / 1e6
         self.worker = f"{os.getpid()}-{time.monotonic_ns():x}"
@@ -141,13 +143,16 @@ class PredictionLog:
 
     def _table(self, some: Sequence[Answered]) -> pa.Table:
         """The rows of some requests: no Python object per number."""
-        columns = []
+        columns, numbers = [], np.concatenate([one.numbers for one in some]).T.copy()
         for field in self.schema:
             name = field.name.removeprefix(FEATURE)
             if field.name == name:
                 columns.append(pa.array([row[name] for one in some for row in one.rows], field.type))
                 continue
-            values = np.concatenate([one.frame[name] for one in some])
+            if name in self.place:
+                columns.append(pa.array(numbers[self.place[name]], field.type, from_pandas=True))
+                continue
+            values = np.concatenate([one.words[name] for one in some])
             if name in self.private.hashed:
                 values = np.array([self.private.hash(v) for v in values], object)
             columns.append(pa.array(values, field.type, from_pandas=True))

@@ -31,7 +31,7 @@ from starlette.routing import Route  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
 from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
-from deploy.lean import Door, eager, hurry, trim  # noqa: E402
+from deploy.lean import Door, eager, hurry, joined, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
@@ -43,6 +43,7 @@ from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
+from features.preprocess import Batch  # noqa: E402
 from models.explain import Explained, Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
@@ -71,6 +72,7 @@ class Endpoint:
         services = Home(home).services(self.spec.pipeline)
         self.private = Private.of(self.spec, services / "log.key")
         self.log = PredictionLog(log_root, self.preprocess.numbers, words, self.spec.serve.log_flush, self.private)
+        self.words = tuple(words)
         self.explainer = Explainer(self.model, self.preprocess)
         workers = int(os.environ.get("MILLRACE_WORKERS", "1"))
         self.meter = Meter(shared_file(services), workers, [f.name for f in self.features], [*self.spec.features.views])
@@ -103,7 +105,7 @@ class Endpoint:
         rows, now, at = request.rows, served.now, time.perf_counter()
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        scores, unseen, shares = self._scored(served.frame, request.explain, at)
+        batch, scores, unseen, shares = self._scored(served.frame, request.explain, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -123,19 +125,19 @@ class Endpoint:
                      "snapshot": None if down or self.private.hides(given) else served.looked.snapshot,
                      "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
-        self._log("predict", visit.id, now, began, served.frame, entries)
+        self._log("predict", visit.id, now, began, batch, served.frame, entries)
         self._count(answers)
         self._explain(answers, shares, request.explain, served.frame)
         return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}
 
-    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[np.ndarray, list[list[str]], Explained | None]:
-        """Probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
+    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[Batch, np.ndarray, list[list[str]], Explained | None]:
+        """Inputs, probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
         batch = self.preprocess.transform(frame)
         self.meter.took("preprocess", -at + (at := time.perf_counter()))
         scores = self.model.predict(batch)
         self.meter.took("model", time.perf_counter() - at)
         shares = self.explainer.explain(batch) if explain else None
-        return scores, self.preprocess.unseen(frame, batch), shares
+        return batch, scores, self.preprocess.unseen(frame, batch), shares
 
     def _count(self, answers: list[dict[str, Any]]) -> None:
         meter = self.meter
@@ -194,7 +196,7 @@ class Endpoint:
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        scores, unseen, shares = self._scored(frame, request.explain, at)
+        batch, scores, unseen, shares = self._scored(frame, request.explain, at)
         now = self.now_us()
         answers = [
             {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]],
@@ -202,7 +204,7 @@ class Endpoint:
             for i, s in enumerate(scores)
         ]  # fmt: skip
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
-        self._log("predict_features", visit.id, now, began, frame, entries)
+        self._log("predict_features", visit.id, now, began, batch, frame, entries)
         self._count(answers)
         self._explain(answers, shares, request.explain, frame)
         return {**self._head(visit.id, now), "rows": answers}
@@ -303,7 +305,7 @@ class Endpoint:
                     shown = as_json(_shown(_plain(stored), field.type))
                     raise BadRequest(422, f"rows[{i}].{name} is not what is stored ({shown}); leave it out")
 
-    def _log(self, route: str, request_id: str, now: int, began: int, frame: Columns,
+    def _log(self, route: str, request_id: str, now: int, began: int, batch: Batch, frame: Columns,
              entries: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:  # fmt: skip
         wall, took = wall_us(), (time.monotonic_ns() - began) // 1_000
         logged = []
@@ -318,7 +320,7 @@ class Endpoint:
                 "stale": as_json(answer.get("stale", [])), "score": answer["probability"], "latency_us": took, **extra,
             }  # fmt: skip
             logged.append(values)
-        self.log.put(Answered(logged[0]["clock"], logged, frame))
+        self.log.put(Answered(logged[0]["clock"], logged, batch.numbers, {name: frame[name] for name in self.words}))
 
 
 def _plain(value: Any) -> Any:
@@ -419,6 +421,7 @@ def _app() -> Starlette:
 
 trim()
 hurry()
+joined()
 eager()
 
 
