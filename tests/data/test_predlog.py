@@ -36,7 +36,7 @@ def answered(number: int, clock: int = NOON, rows: int = 1, **features: object) 
     }  # fmt: skip
     frame = {"x": np.arange(number, number + rows, dtype=np.float64), "word": np.array(["a"] * rows, object)}
     frame |= {name: np.array([value] * rows, None if isinstance(value, float) else object) for name, value in features.items()}
-    numbers = np.column_stack([v for v in frame.values() if v.dtype == np.float64])
+    numbers = np.column_stack([np.empty((rows, 0)), *(v for v in frame.values() if v.dtype == np.float64)])
     words = {name: v for name, v in frame.items() if v.dtype == object}
     return Answered(clock, [{**values, "row": i} for i in range(rows)], numbers, words)
 

@@ -253,8 +253,11 @@ def test_the_file_is_the_service_s_and_goes_with_it(tmp_path: Path) -> None:
 
 
 def client(front: Front, answer: Any = None) -> TestClient:
+    async def told(body: bytes, visit: Any) -> dict[str, Any]:
+        return {"id": visit.id, "who": visit.who}
+
     async def handle(request: Request) -> Response:
-        return await answered(front, request, answer or (lambda body, visit: {"id": visit.id, "who": visit.who}), "predict")
+        return await answered(front, request, answer or told, "predict")
 
     return TestClient(Starlette(routes=[Route("/predict", handle, methods=["POST"])]))
 
