@@ -124,6 +124,60 @@ def test_a_client_whose_request_does_not_begin_or_drips_is_let_go(buses_service:
     assert status == 200
 
 
+SENDS = """
+import asyncio, sys
+from asyncio.selector_events import _SelectorSocketTransport as Transport
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+import deploy.lean
+
+routes = [Route("/whole", lambda _: Response(b"x" * 70_000)), Route("/none", lambda _: Response(status_code=204)),
+          Route("/parts", lambda _: StreamingResponse(iter([b"one", b"two", b"three"])))]
+sends, write = [], Transport.write
+
+def counted(self, data):
+    if data and self.get_extra_info("sockname")[1] == port:
+        sends.append(1)
+    write(self, data)
+
+Transport.write = counted
+
+async def ask(head):
+    sends.clear()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head + b" HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    answer = await reader.read()
+    writer.close()
+    return [line for line in answer.split(b"\\r\\n") if not line.startswith(b"date")], len(sends)
+
+async def main():
+    global port
+    config = uvicorn.Config(Starlette(routes=routes), lifespan="off", log_level="error")
+    config.load()
+    server = await asyncio.get_running_loop().create_server(lambda: HttpToolsProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    asked = [b"GET /whole", b"HEAD /whole", b"GET /none", b"GET /parts", b"GET /unknown"]
+    before = [await ask(head) for head in asked]
+    deploy.lean.joined()
+    after = [await ask(head) for head in asked]
+    assert [answer for answer, _ in before] == [answer for answer, _ in after]
+    print([count for _, count in before], [count for _, count in after])
+
+asyncio.run(main())
+"""
+
+
+def test_head_and_body_of_an_answer_are_sent_at_once() -> None:
+    """The same bytes in fewer sends; an answer without a body, or in parts, and one after which the connection is closed."""
+    done = subprocess.run([sys.executable, "-c", SENDS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert done.stdout.strip() == "[2, 1, 1, 5, 2] [1, 1, 1, 4, 1]"
+
+
 @pytest.mark.parametrize(("tracing", "expected"), [("", set()), ("1", {"OpenTelemetryMiddleware"})])
 def test_bentoml_s_application_is_as_we_know_it(buses: Buses, tracing: str, expected: set[str]) -> None:
     """The property that is trimmed is there, and what is taken out of it was in it."""
