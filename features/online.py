@@ -16,7 +16,7 @@ from features.frame import compose, derive_all
 from features.keys import request_key, text_key
 from features.packed import ROWS, Layout, layout_digest, layouts, unpack
 from features.steps import TIME, as_of, previous
-from features.views import RECENT, Stored, absent, formed, stored_views
+from features.views import RECENT, Stored, absent, stored_views
 from pipelines.clock import MISSING, NEVER, Anchor, iso
 from pipelines.errors import MillraceError
 from pipelines.spec import Sequence as Chain
@@ -186,16 +186,9 @@ class OnlineStore:
         with self.reading():
             held = self.cells.get([(s.name, distinct[s.key]) for s in self.stored])
             self.check_format()
-        packed = {s.name: [cells.get(k, b"") for k in keys[s.key]] for s, cells in zip(self.stored, held, strict=True)}  # type: ignore[arg-type]
+        packed = [[cells.get(key, b"") for key in keys[s.key]] for s, cells in zip(self.stored, held, strict=True)]  # type: ignore[arg-type]
         null = {key: np.array([k is None for k in texts]) for key, texts in keys.items() if None in texts}
-        found, events = self.few.features([packed[s.name] for s in self.few.stored], t, null)
-        for stored in self.stored:
-            if stored.kind == "sequence":
-                start, columns = unpack(self.layouts[stored.name], packed[stored.name])
-                raw = {stored.name: _many(stored, columns, self._found(stored, start, columns, np.arange(len(t)), own, t))}
-                made = self.few.sequences[stored.view]
-                found |= formed(made, raw, t, own, null.get(stored.key, np.zeros(len(t), bool)))
-        return found, events
+        return self.few.features(packed, t, own, null)
 
     def _found(
         self, stored: Stored, start: np.ndarray, columns: Columns, at: np.ndarray, own: Columns, t: np.ndarray

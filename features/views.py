@@ -192,15 +192,8 @@ def derive(
     `raw`: stored view → column → values (Q): int64, 0 where there is no step; float64 with NaN, or objects with
     None. `own`: request fields as int64 µs. `null_key` (Q): where part of the key is null.
     """
-    return formed(made_of(spec, name, spec.features.views[name]), raw, t, own, null_key)
-
-
-def formed(
-    made_of: Mapping[str, Made], raw: Mapping[str, Columns], t: np.ndarray, own: Columns, null_key: np.ndarray
-) -> Columns:
-    """The same of features by how they are made."""
     found: Columns = {}
-    for feature, made in made_of.items():
+    for feature, made in made_of(spec, name, spec.features.views[name]).items():
         columns = [own[c] if stored == OWN else raw[stored][c] for stored, c in made.of]
         found[feature] = FORMULAS[made.formula](*columns, t=t, scale=made.scale, older=made.older)
     return without_key(found, null_key) if null_key.any() else found
