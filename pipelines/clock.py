@@ -1,9 +1,11 @@
 """The clock: the only module that reads the wall clock. Times are int64 microseconds, UTC."""
 
+import os
 import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 US = 1_000_000
 DAY_US = 86_400 * US
@@ -16,6 +18,19 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def wall_us() -> int:
     """Wall time now, µs UTC."""
     return time.time_ns() // 1_000
+
+
+def begin_s(pid: int) -> float:
+    """When a process began, seconds after the machine did. psutil's `create_time` moves with the wall clock when that is set.
+
+    Raises psutil.NoSuchProcess. Where there is no /proc it is psutil's.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        import psutil
+
+        return psutil.Process(pid).create_time()
 
 
 def duration_us(text: str | int) -> int:

@@ -1,0 +1,119 @@
+"""The wall clock of a serving machine is set an hour forwards and back: nothing that lasts is measured by it, nothing is lost."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deploy.meter import shared_file
+from deploy.monitor import _tidy
+from deploy.predictions import PredictionLog
+from deploy.process import Service, remember, running
+from pipelines.clock import begin_s, iso, parse_time, wall_us
+from pipelines.home import Home
+from pipelines.manifest import write_json
+from pipelines.predlog import HOUR_US, complete, read_log
+from pipelines.run import accepted, ended_us
+from tests.data.test_predlog import answered, numbers
+from tests.e2e.buses import Buses
+from tests.e2e.test_front import client, front_of
+
+HOUR_S = 3_600
+Jump = Callable[[float], None]
+
+
+@pytest.fixture
+def jump(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jump]:
+    """Sets the wall clock of this process by so many seconds, and when the machine seems to have begun: the kernel counts that
+    back from the wall clock."""
+    set_by, now, seconds, begun = 0.0, time.time_ns, time.time, psutil._pslinux.boot_time  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "time_ns", lambda: now() + int(set_by * 1e9))
+    monkeypatch.setattr(time, "time", lambda: seconds() + set_by)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: begun() + set_by)  # type: ignore[attr-defined]
+
+    def jumped(by: float) -> None:
+        nonlocal set_by
+        set_by += by
+
+    before = wall_us()
+    jumped(HOUR_S)
+    assert wall_us() - before >= HOUR_S * 1_000_000
+    jumped(-HOUR_S)
+    yield jumped
+
+
+@pytest.mark.parametrize("by", [HOUR_S, -HOUR_S])
+def test_a_process_is_known_again(tmp_path: Path, jump: Jump, by: int) -> None:
+    """An endpoint that is not would be taken for dead: a rollout would take it back, and `down` leave it there."""
+    home, service = Home(tmp_path), Service(os.getpid(), begin_s(os.getpid()), 1, "r", "")
+    remember(home, "buses", service)
+    shared, created = shared_file(tmp_path), psutil.Process().create_time()
+    jump(by)
+    assert abs(psutil.Process().create_time() - created) > 1_000  # which was looked at before
+    assert running(home, "buses") == service and shared_file(tmp_path) == shared
+    other = Service(os.getpid(), service.started - 0.01, 1, "r", "")  # one that had this number before
+    assert not other.alive() and not Service(2**22 + 1, 1.0, 1, "r", "").alive()
+
+
+@pytest.mark.parametrize("by", [HOUR_S, -HOUR_S])
+def test_a_rate_and_the_time_of_an_answer_are_not_measured_by_it(buses: Buses, tmp_path: Path, jump: Jump, by: int) -> None:
+    front = front_of(buses, tmp_path, rate_limit=5)
+    asked = client(front)
+    assert [asked.post("/predict").status_code for _ in range(30)][-1] == 429
+    jump(by)
+    assert asked.post("/predict").status_code == 429  # an hour's worth is not given at once
+    time.sleep(0.25)
+    assert asked.post("/predict").status_code == 200  # nor waited for
+
+    def answer(body: bytes, visit: Any) -> dict[str, Any]:
+        jump(by)
+        return {}
+
+    mean = front.door.mean_s
+    time.sleep(0.25)
+    assert client(front, answer).post("/predict").status_code == 200
+    assert 0 < front.door.mean_s < 1 and abs(front.door.mean_s - mean) < 1 and front.door.limit >= 16
+
+
+def test_the_log_of_predictions_loses_and_doubles_nothing(buses: Buses, tmp_path: Path, jump: Jump) -> None:
+    """An hour that was over, and is one part by now, comes again; and what is from the future is left alone until then."""
+    home = Home(tmp_path)
+    root, spec = home.predictions("buses"), buses.spec.model_copy(update={"clock": None})
+    log = PredictionLog(root, ["x"], ["word"], 50_000)
+    jump((parse_time("2030-01-01T12:58:00Z") - wall_us()) / 1e6)
+    count = 0
+    for by in (0, 300, HOUR_S, -HOUR_S - 300, -HOUR_S, HOUR_S, 300, HOUR_S):
+        jump(by)
+        for _ in range(3):
+            log.put(answered(count := count + 1, wall_us()))
+        deadline = time.monotonic() + 2
+        while log.written < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert numbers(root) == list(range(1, count + 1))
+        _tidy(home, spec)
+        assert numbers(root) == list(range(1, count + 1))
+    log.close()
+    jump(HOUR_S)
+    _tidy(home, spec)
+    assert [len(complete(hour)) for hour in sorted(root.glob("hour=*"))] == [1, 1, 1, 1] and log.dropped == 0
+    hours = {c // HOUR_US for c in read_log(root)["clock"].cast("int64").to_pylist()}
+    assert {iso(h * HOUR_US)[11:13] for h in hours} == {"11", "12", "13", "14"} and numbers(root) == list(range(1, count + 1))
+    jump(-20 * HOUR_S)  # all of it is from the future
+    _tidy(home, spec.model_copy(update={"serve": spec.serve.model_copy(update={"log_keep": HOUR_US})}))
+    assert numbers(root) == list(range(1, count + 1))
+
+
+def test_the_last_run_stays_the_last(tmp_path: Path, jump: Jump) -> None:
+    """Its snapshot is what the next one adds to, and what stores are fed."""
+    home = Home(tmp_path)
+    for name, by in (("a", 0), ("b", HOUR_S), ("c", -HOUR_S), ("d", -HOUR_S)):
+        jump(by)
+        write_json(home.runs("buses") / name / "manifest.json",
+                   {"run_id": name, "result_digest": name, "finished_wall_us": ended_us(home, "buses")})  # fmt: skip
+        last = accepted(home, "buses")
+        assert last is not None and last["run_id"] == name
