@@ -33,7 +33,7 @@ from deploy.contents import unlike  # noqa: E402
 from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
 from deploy.lean import Door, eager, hurry, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
-from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
+from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, READY, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
 from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
 from deploy.requests import Asked, BadRequest, asked, feature_fields, key_fields  # noqa: E402
@@ -339,6 +339,7 @@ class _Worker:
     """The endpoint of this process, or why there is none yet."""
 
     endpoint: Endpoint | None = None
+    made: Endpoint | None = None  # which may not be ready yet
     why, tried = "it is starting", 0.0
 
     def get(self) -> Endpoint:
@@ -353,9 +354,10 @@ class _Worker:
         """Raises MillraceError for what will not pass by itself; a store that does not answer does."""
         self.tried = time.monotonic()
         try:
-            endpoint = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
-            endpoint.warm()
-            self.endpoint = endpoint
+            self.made = self.made or Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
+            self.made.warm()
+            self.made.meter.row[READY] = 1.0
+            self.endpoint = self.made
             gc.collect()
             gc.freeze()  # what is here to stay: to look through it costs a tenth of a second, now and then
         except StoreDown as down:
@@ -436,12 +438,14 @@ class Millrace:
     async def __is_ready__(self) -> bool:
         """What BentoML's /readyz asks."""
         try:
-            _worker.get()
+            meter = _worker.get().meter
+            if left := meter.awaited():
+                raise MillraceError(f"not ready: {left} of {meter.wanted} workers are starting")
         except MillraceError as error:
             raise HTTPException(503, str(error)) from None
         return True
 
     @bentoml.on_shutdown
     def stop(self) -> None:
-        if _worker.endpoint is not None:
-            _worker.endpoint.log.close()
+        if _worker.made is not None:
+            _worker.made.log.close()
