@@ -42,7 +42,7 @@ from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import is_missing  # noqa: E402
-from features.online import OnlineStore, Served, serve_features  # noqa: E402
+from features.online import OnlineStore, Served, anchor_of, serve_features  # noqa: E402
 from models.explain import Explained, Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
@@ -84,7 +84,7 @@ class Endpoint:
         clock = self.spec.clock
         if clock is None:
             return 0
-        anchor = self._anchor() if clock.kind == "data" else None
+        anchor = self._anchor() if clock.kind == "data" else anchor_of(self.store.last)
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
     async def predict(self, body: bytes, visit: Visit) -> dict[str, Any]:

@@ -87,7 +87,10 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Clock:
-    """Tells now. `wall`: the wall clock. `data`: anchor + offset + elapsed wall time × speed (µs UTC)."""
+    """Tells now (µs UTC). `wall`: the wall clock. `data`: anchor + offset + elapsed wall time × speed.
+
+    Where the wall clock was set back behind the last feed, now is that feed's: the store knows nothing of earlier times.
+    """
 
     kind: str
     speed: float = 0.0
@@ -96,7 +99,7 @@ class Clock:
 
     def now_us(self) -> int:
         if self.kind == "wall":
-            return wall_us()
+            return max(wall_us(), self.anchor.data_us if self.anchor else MISSING)
         if self.anchor is None:
             raise ValueError("a data clock needs an anchor: it is written when the served store is fed")
         elapsed = max(0, wall_us() - self.anchor.wall_us)

@@ -1,7 +1,11 @@
 """The wall clock of a serving machine is set an hour forwards and back: nothing that lasts is measured by it, nothing is lost."""
 
+import json
 import os
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +17,17 @@ from deploy.meter import shared_file
 from deploy.monitor import _tidy
 from deploy.predictions import PredictionLog
 from deploy.process import Service, remember, running
+from features.online import OnlineStore, serve_features
 from pipelines.clock import begin_s, iso, parse_time, wall_us
 from pipelines.home import Home
 from pipelines.manifest import write_json
 from pipelines.predlog import HOUR_US, complete, read_log
 from pipelines.run import accepted, ended_us
+from pipelines.spec import ClockSpec
 from tests.data.test_predlog import answered, numbers
-from tests.e2e.buses import Buses
+from tests.e2e.buses import NOW, Buses
+from tests.e2e.releases import make_release
+from tests.e2e.test_endpoint import SOON
 from tests.e2e.test_front import client, front_of
 
 HOUR_S = 3_600
@@ -117,3 +125,49 @@ def test_the_last_run_stays_the_last(tmp_path: Path, jump: Jump) -> None:
                    {"run_id": name, "result_digest": name, "finished_wall_us": ended_us(home, "buses")})  # fmt: skip
         last = accepted(home, "buses")
         assert last is not None and last["run_id"] == name
+
+
+ASKED = """
+import asyncio, json, sys, time
+begun, by, real = time.monotonic_ns(), 0, int(sys.argv[1])
+time.time_ns = lambda: real + by + time.monotonic_ns() - begun
+import deploy.service as service
+from deploy.front import Visit
+
+service._worker.make()
+endpoint, body, told = service._worker.get(), sys.argv[2].encode(), []
+for hours in (0, 1, 0, -1, 0):
+    by = hours * 3_600 * 10**9
+    answer = asyncio.run(endpoint.predict(body, Visit(str(len(told)))))
+    told.append([answer["now"], answer["rows"][0], endpoint.features_at(body, Visit(""))])
+endpoint.log.close()
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_an_answer_is_that_of_the_hour_whatever_the_hour_was_before(buses: Buses, tmp_path: Path) -> None:
+    """By the wall clock: set forwards it is another hour; set back behind the feed it is the feed's, not one before all facts."""
+    spec = buses.spec.model_copy(update={"clock": ClockSpec(kind="wall")})
+    release, log = make_release(buses, spec=spec), tmp_path / "log"
+    src = buses.home.root / release.bento / "src"
+    env = {**os.environ, "PYTHONPATH": str(src), "MILLRACE_HOME": str(buses.home.root), "MILLRACE_PREDICTIONS": str(log),
+           "BENTOML_DO_NOT_TRACK": "True"}  # fmt: skip
+    begin = int(NOW.timestamp()) + 30
+    args = [sys.executable, "-c", ASKED, str(begin * 10**9), json.dumps({"rows": [SOON]})]
+    done = subprocess.run(args, cwd=src, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert [now[:16] for now, _, _ in told] == [f"2024-05-06T{at}" for at in ("12:00", "13:00", "12:00", "12:00", "12:00")]
+    assert told[3][0] == "2024-05-06T12:00:00Z" < told[4][0]
+    rows = [row for _, row, _ in told]
+    assert rows[0] == rows[2] == rows[3] == rows[4] != rows[1] and rows[1]["outside_horizon"] and not rows[0]["missing"]
+    store = OnlineStore(spec, buses.home.online("buses", release.defs_digest))
+    asked = {**SOON, "day": parse_time(str(SOON["day"]))}
+    for _, _, seen in told:
+        frame = serve_features(store, [asked], seen["now_us"]).frame
+        assert {n: [None if v != v else v for v in values.tolist()] for n, values in frame.items()} == seen["features"]
+    logged = read_log(log)
+    assert Counter(logged["request_id"].to_pylist()) == {str(i): 1 for i in range(5)}
+    at = dict(zip(logged["request_id"].to_pylist(), logged["wall"].cast("int64").to_pylist(), strict=True))
+    assert [round(at[str(i)] / 1e6 - begin) // HOUR_S for i in range(5)] == [0, 1, 0, -1, 0]
