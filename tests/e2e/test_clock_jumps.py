@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ import psutil
 import pytest
 
 from deploy.meter import shared_file
-from deploy.monitor import _tidy
+from deploy.monitor import _tidy, monitor
 from deploy.predictions import PredictionLog
-from deploy.process import Service, remember, running
+from deploy.process import Service, call, remember, running
+from deploy.rollout import champion, events, promote, rollback, stages_of
+from deploy.rollout_page import write_rollout_page
+from deploy.runs import list_runs
 from features.online import OnlineStore, serve_features
+from flows.serving import endpoint_of, status_of, stop_all
 from pipelines.clock import begin_s, iso, parse_time, wall_us
 from pipelines.home import Home
 from pipelines.manifest import write_json
 from pipelines.predlog import HOUR_US, complete, read_log
 from pipelines.run import accepted, ended_us
-from pipelines.spec import ClockSpec
+from pipelines.spec import ClockSpec, load_spec
+from tests.command import millrace
 from tests.data.test_predlog import answered, numbers
 from tests.e2e.buses import NOW, Buses
 from tests.e2e.releases import make_release
@@ -32,26 +38,6 @@ from tests.e2e.test_front import client, front_of
 
 HOUR_S = 3_600
 Jump = Callable[[float], None]
-
-
-@pytest.fixture
-def jump(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jump]:
-    """Sets the wall clock of this process by so many seconds, and when the machine seems to have begun: the kernel counts that
-    back from the wall clock."""
-    set_by, now, seconds, begun = 0.0, time.time_ns, time.time, psutil._pslinux.boot_time  # type: ignore[attr-defined]
-    monkeypatch.setattr(time, "time_ns", lambda: now() + int(set_by * 1e9))
-    monkeypatch.setattr(time, "time", lambda: seconds() + set_by)
-    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: begun() + set_by)  # type: ignore[attr-defined]
-
-    def jumped(by: float) -> None:
-        nonlocal set_by
-        set_by += by
-
-    before = wall_us()
-    jumped(HOUR_S)
-    assert wall_us() - before >= HOUR_S * 1_000_000
-    jumped(-HOUR_S)
-    yield jumped
 
 
 @pytest.mark.parametrize("by", [HOUR_S, -HOUR_S])
@@ -171,3 +157,37 @@ def test_an_answer_is_that_of_the_hour_whatever_the_hour_was_before(buses: Buses
     assert Counter(logged["request_id"].to_pylist()) == {str(i): 1 for i in range(5)}
     at = dict(zip(logged["request_id"].to_pylist(), logged["wall"].cast("int64").to_pylist(), strict=True))
     assert [round(at[str(i)] / 1e6 - begin) // HOUR_S for i in range(5)] == [0, 1, 0, -1, 0]
+
+
+@pytest.mark.slow
+def test_what_is_on_record_from_the_future_is_read(copied_home: Home, jump: Jump) -> None:
+    """Release, run and answers of an hour that the clock took back are seen, and what is done now stands behind them."""
+    home, spec = copied_home, load_spec("tumours")
+    served = millrace(home.root, "serve", "tumours", "--background", "--port", "0", "--json")
+    try:
+        row = json.loads(next((home.root / "artifacts" / "preflight").glob("*/preflight.json")).read_text())["example"]
+        assert call(f"{served.answer['url']}/predict", {"rows": [row]})[0] == 200
+        jump(-HOUR_S)
+        assert call(f"{served.answer['url']}/predict", {"rows": [row]})[0] == 200
+        deadline = time.monotonic() + 10
+        while read_log(home.predictions("tumours")).num_rows < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        endpoint = endpoint_of(home, "tumours")
+        assert endpoint is not None and endpoint.url == served.answer["url"]
+        now, last = champion(home, "tumours"), accepted(home, "tumours")
+        assert now is not None and last is not None
+        assert last["finished_wall_us"] > wall_us() and parse_time(next(events(home, "tumours"))["when"]) > wall_us()
+        (listed,) = list_runs(home, "tumours")
+        assert listed.champion and now.release in json.dumps(status_of(home))
+        found = monitor(home, "tumours")
+        assert found.answers == 2 and found.skew is not None and found.skew.skewed_cells == 0
+        other = replace(now, release="millrace_tumours:other")
+        assert promote(home, "tumours", other, expected=now.release, why="test")
+        assert [e["event"] for e in events(home, "tumours")][-1] == "promote"
+        assert rollback(home, "tumours", to=now.release, why="test") == now
+        assert [s.words for s in stages_of(home, "tumours").values()] == ["champion", "retired"]
+        assert write_rollout_page(home, spec).exists()
+        assert stop_all(home, "tumours") == [f"tumours on port {endpoint.port}"] and not endpoint.alive()
+    finally:
+        millrace(home.root, "down", "tumours")

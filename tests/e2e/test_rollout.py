@@ -5,8 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,6 +221,38 @@ def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str
     assert len(hit) <= 0.1 * len(load.asked) and (rules.get("shadow") or not hit)
     assert champion(live.home, "buses") == old and stages_of(live.home, "buses")[bad.release].state == "retired"
     assert [s.release for s in endpoints(live.home, "buses").values()] == [old.release]
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_controller_whose_clock_is_set_back_and_forth_goes_on(live: Live, jump: Callable[[float], None]) -> None:
+    """No endpoint is taken for dead, and no step ends early or late."""
+    old, over = champion(live.home, "buses"), threading.Event()
+    assert old is not None
+    new = challenged_by(live.home, make_release(live.buses, shift=0.005))
+
+    def unsteady() -> None:
+        while not over.wait(0.3):
+            jump(3_600)
+            over.wait(0.3)
+            jump(-3_600)
+
+    clock = threading.Thread(target=unsteady)
+    clock.start()
+    with Load(live.port, 40) as load:
+        began = time.monotonic()
+        done = live.roll(shadow="0s", canary=[50], step="2s")
+        took = time.monotonic() - began
+        over.set()
+        clock.join()
+        time.sleep(0.5)
+    assert done.outcome == "promoted" and 2 < took < 30, (done, took)
+    assert not wrong(load.asked, old.release, new.release)
+    steps = [e["event"] for e in events(live.home, "buses") if e["body"].get("release") == new.release]
+    assert steps == ["release", "challenger", "canary", "promote"]
+    assert [s.release for s in endpoints(live.home, "buses").values()] == [new.release]
+    homes = [p for p in psutil.process_iter(["cmdline"]) if f"{live.home.root}/bentoml/" in " ".join(p.info["cmdline"] or [])]
+    assert all(new.release.partition(":")[2] in " ".join(p.info["cmdline"]) for p in homes)  # nobody was left behind
 
 
 KILLED = """
