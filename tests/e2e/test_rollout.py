@@ -1,5 +1,7 @@
 """Releases on live traffic: none is lost, the bad ones go by themselves with a reason, whoever is killed at whatever moment."""
 
+import http.client
+import json
 import os
 import re
 import shutil
@@ -226,7 +228,7 @@ def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str
 @pytest.mark.slow
 @pytest.mark.haproxy
 def test_a_controller_whose_clock_is_set_back_and_forth_goes_on(live: Live, jump: Callable[[float], None]) -> None:
-    """No endpoint is taken for dead, and no step ends early or late."""
+    """No endpoint is taken for dead, and no step ends early or late; and a client's one connection stays, and changes release."""
     old, over = champion(live.home, "buses"), threading.Event()
     assert old is not None
     new = challenged_by(live.home, make_release(live.buses, shift=0.005))
@@ -237,15 +239,29 @@ def test_a_controller_whose_clock_is_set_back_and_forth_goes_on(live: Live, jump
             over.wait(0.3)
             jump(-3_600)
 
-    clock = threading.Thread(target=unsteady)
-    clock.start()
+    def one_connection() -> None:
+        line = http.client.HTTPConnection("127.0.0.1", live.port, timeout=20)
+        line.connect()
+        kept = line.sock
+        while not over.wait(0.025):
+            line.request("POST", "/predict", json.dumps({"rows": [trip_at(NOW + (1 + len(told) % 200) * EVERY)]}))
+            answer = line.getresponse()
+            told.append((answer.status, json.load(answer).get("release", ""), line.sock is kept))
+
+    told: list[tuple[int, str, bool]] = []
+    threads = [threading.Thread(target=unsteady), threading.Thread(target=one_connection)]
+    for thread in threads:
+        thread.start()
     with Load(live.port, 40) as load:
         began = time.monotonic()
         done = live.roll(shadow="0s", canary=[50], step="2s")
         took = time.monotonic() - began
-        over.set()
-        clock.join()
         time.sleep(0.5)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert {(status, kept) for status, _, kept in told} == {(200, True)}
+    assert (told[0][1], told[-1][1]) == (old.release, new.release) and len(told) > 50
     assert done.outcome == "promoted" and 2 < took < 30, (done, took)
     assert not wrong(load.asked, old.release, new.release)
     steps = [e["event"] for e in events(live.home, "buses") if e["body"].get("release") == new.release]
