@@ -81,10 +81,13 @@ class Endpoint:
 
     def now_us(self) -> int:
         """The clock's now; its anchor is in the served store, and stays while that does not answer."""
+        return self._now_by(self._anchor)
+
+    def _now_by(self, read: Callable[[], Anchor]) -> int:
         clock = self.spec.clock
         if clock is None:
             return 0
-        anchor = self._anchor() if clock.kind == "data" else anchor_of(self.store.last)
+        anchor = read() if clock.kind == "data" else anchor_of(self.store.last)
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
     async def predict(self, body: bytes, visit: Visit) -> dict[str, Any]:
@@ -164,7 +167,7 @@ class Endpoint:
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
-        return self._of_store(lambda store: serve_features(store, rows, self.now_us))
+        return self._of_store(lambda store: serve_features(store, rows, lambda: self._now_by(store.anchor)))
 
     def _anchor(self) -> Anchor:
         return self._of_store(OnlineStore.anchor)[0]
@@ -251,15 +254,16 @@ class Endpoint:
 
     def warm(self) -> None:
         """Answers one row by every part, without a trace in log and metrics. Raises what a request would."""
-        self.example = example(self.store, self.key_fields, self.now_us())
-        row = self.example or stand_in(self.key_fields, self.now_us())
-        served = serve_features(self.store, [row], self.now_us)
+        now = self._now_by(self.store.anchor)
+        self.example = example(self.store, self.key_fields, now)
+        row = self.example or stand_in(self.key_fields, now)
+        served = serve_features(self.store, [row], lambda: self._now_by(self.store.anchor))
         batch = self.preprocess.transform(served.frame)
         score = float(self.model.predict(batch)[0])
         if not 0 <= score <= 1:
             raise MillraceError(f"the model answers {score} to a row of the served store: it cannot serve")
         self.values = {name: _plain(value[0]) for name, value in served.frame.items()}
-        self.warmed = time.monotonic()
+        self.warmed, self.without_until = time.monotonic(), 0.0  # the store has answered
 
     def openapi(self) -> dict[str, Any]:
         """How to ask, with a row that the served store has now."""
