@@ -15,7 +15,7 @@ from tests.e2e.raw_http import received, request
 from tests.e2e.test_endpoint import SOON
 from tests.e2e.test_front import numbers
 
-MANY = 4_000
+MANY = 2_000
 TRIPS = [trip_at(NOW + (2 + i) * EVERY) for i in range(100)]
 
 
@@ -70,6 +70,27 @@ def test_a_client_that_asks_and_does_not_read_costs_the_others_nothing(buses_ser
 
     before = memory_mb(buses_service)
     assert asyncio.run(asked()) < 5 and memory_mb(buses_service) < before + 50
+
+
+def test_a_connection_that_is_cut_in_the_midst_of_a_request_costs_nobody_anything(buses_service: Service) -> None:
+    async def cut(at: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
+        writer.write(request({"rows": [SOON]}) + request({"rows": TRIPS})[:at])
+        await asyncio.sleep(0.002 * (at % 3))
+        writer.transport.abort()
+
+    async def all_of() -> list[float]:
+        await asyncio.gather(*(cut(at) for at in range(10, 4_000, 40)))
+        reader, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
+        found = await asked_at_once(reader, writer, TRIPS[:5])
+        writer.close()
+        return found
+
+    assert len(asyncio.run(all_of())) == 5
+    deadline = time.monotonic() + 10
+    while numbers(buses_service.url)[("millrace_requests_in_flight", ())]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_connection_that_is_half_closed_gets_its_answer_or_none(buses_service: Service) -> None:

@@ -204,7 +204,9 @@ def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live
     ({"shift": float("nan")}, {"shadow": "0s"}, "start: .*the model answers nan to a row of the served store"),
     ({"shift": 0.3, "without": "gbdt.txt"}, {}, "start: .*gbdt.txt: not found, but model.json needs it"),
     ({"spec": "without place"}, {}, "start: .*KeyError: 'place__zone'"),
-], ids=["hangs", "fails", "NaN", "crashes on start", "an unknown feature"])  # fmt: skip
+    ({"function": "slow"}, {"shadow": "0s"}, "latency: [0-9]+ of [0-9]+ answers took more than [0-9]+ ms"),
+    ({"function": "leaks"}, {"shadow": "0s"}, "memory: [0-9]+ MB grew to [0-9]+ MB, 40 MB more is accepted"),
+], ids=["hangs", "fails", "NaN", "crashes on start", "an unknown feature", "is slow", "leaks memory"])  # fmt: skip
 def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str, Any], rules: dict[str, Any], why: str) -> None:
     old = champion(live.home, "buses")
     assert old is not None
