@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from deploy.lean import FEWEST
 from deploy.meter import shared_file
 from deploy.monitor import _tidy, monitor
 from deploy.predictions import PredictionLog
@@ -55,22 +56,22 @@ def test_a_process_is_known_again(tmp_path: Path, jump: Jump, by: int) -> None:
 
 @pytest.mark.parametrize("by", [HOUR_S, -HOUR_S])
 def test_a_rate_and_the_time_of_an_answer_are_not_measured_by_it(buses: Buses, tmp_path: Path, jump: Jump, by: int) -> None:
-    front = front_of(buses, tmp_path, rate_limit=5)
-    asked = client(front)
-    assert [asked.post("/predict").status_code for _ in range(30)][-1] == 429
+    asked = client(front_of(buses, tmp_path, rate_limit=2))
+    assert [asked.post("/predict").status_code for _ in range(3)] == [200, 200, 429]
     jump(by)
     assert asked.post("/predict").status_code == 429  # an hour's worth is not given at once
-    time.sleep(0.25)
-    assert asked.post("/predict").status_code == 200  # nor waited for
+    deadline = time.monotonic() + 10
+    while asked.post("/predict").status_code != 200:  # nor waited for
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
     def answer(body: bytes, visit: Any) -> dict[str, Any]:
         jump(by)
         return {}
 
-    mean = front.door.mean_s
-    time.sleep(0.25)
+    front = front_of(buses, tmp_path)
     assert client(front, answer).post("/predict").status_code == 200
-    assert 0 < front.door.mean_s < 1 and abs(front.door.mean_s - mean) < 1 and front.door.limit >= 16
+    assert 0 < front.door.mean_s < 1 and front.door.limit >= FEWEST
 
 
 def test_the_log_of_predictions_loses_and_doubles_nothing(buses: Buses, tmp_path: Path, jump: Jump) -> None:
