@@ -364,13 +364,13 @@ def test_a_server_that_takes_questions_and_says_nothing_is_not_waited_for(kind: 
     with valve(server.port) as line:
         place = f"{server.url.replace(str(server.port), str(line.port))}#test/{next(NAMES)}"
         fill(place, "m")
-        cells = open_cells(place, wait_s=0.3)
+        cells = open_cells(place, wait_s=0.2)
         before = look(cells)
         line.open.clear()
-        for asked in (cells, cells, open_cells(place, wait_s=0.3)):
+        for asked in (cells, cells, open_cells(place, wait_s=0.2)):
             began = time.monotonic()
             with pytest.raises(StoreDown, match=f"{line.port}.* does not answer"):
                 asked.get([("one", KEYS)])
-            assert 0.25 < time.monotonic() - began < 1.2
+            assert 0.15 < time.monotonic() - began < 1.2
         line.open.set()
         assert look(cells) == before

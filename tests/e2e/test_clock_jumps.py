@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from deploy.canary import compare
+from deploy.guard import Seen
 from deploy.lean import FEWEST
 from deploy.meter import shared_file
 from deploy.monitor import _tidy, monitor
@@ -23,6 +25,7 @@ from deploy.process import Service, call, remember, running
 from deploy.rollout import champion, events, promote, rollback, stages_of
 from deploy.rollout_page import write_rollout_page
 from deploy.runs import list_runs
+from deploy.stages import under_way
 from features.online import OnlineStore, serve_features
 from flows.serving import status_of
 from pipelines.clock import begin_s, iso, parse_time, wall_us
@@ -30,12 +33,13 @@ from pipelines.home import Home
 from pipelines.manifest import write_json
 from pipelines.predlog import HOUR_US, complete, read_log
 from pipelines.run import accepted, ended_us
-from pipelines.spec import ClockSpec, load_spec
+from pipelines.spec import ClockSpec, Guard, load_spec
 from tests.data.test_predlog import answered, numbers
 from tests.e2e.buses import NOW, Buses
-from tests.e2e.releases import make_release
+from tests.e2e.releases import challenged_by, make_release
 from tests.e2e.test_endpoint import SOON
 from tests.e2e.test_front import client, front_of
+from tests.e2e.test_rollout import named
 
 HOUR_S = 3_600
 Jump = Callable[[float], None]
@@ -112,6 +116,19 @@ def test_the_last_run_stays_the_last(tmp_path: Path, jump: Jump) -> None:
                    {"run_id": name, "result_digest": name, "finished_wall_us": ended_us(home, "buses")})  # fmt: skip
         last = accepted(home, "buses")
         assert last is not None and last["run_id"] == name
+
+
+def test_a_challenge_of_the_future_is_said_and_nothing_compared(buses: Buses, tmp_path: Path, jump: Jump) -> None:
+    home, seen = Home(tmp_path), Seen()
+    promote(home, "buses", named("a"), expected="", why="first")
+    challenged_by(home, named("b"))
+    stage = under_way(stages_of(home, "buses"))
+    assert stage is not None
+    compare(home, buses.spec, Guard(), stage, seen)
+    assert seen.quality == ""  # nothing is logged yet
+    jump(-HOUR_S)
+    compare(home, buses.spec, Guard(), stage, seen)
+    assert seen.quality == "quality was not compared: the clock was set back behind the challenge" and seen.worse == 1
 
 
 ASKED = """

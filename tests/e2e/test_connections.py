@@ -43,14 +43,14 @@ def test_requests_that_come_before_their_answers_are_answered_in_order(buses_ser
 
     async def asked() -> list[float]:
         reader, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
-        found = await asked_at_once(reader, writer, TRIPS * 3)
+        found = await asked_at_once(reader, writer, TRIPS * 2)
         writer.write(b"".join(request({"rows": [{"line": n}]}) + request({"rows": [SOON]}) for n in range(20)))
         refused = [(await received(reader))[0] for _ in range(40)]
         writer.close()
         assert refused == [422, 200] * 20  # what is refused does not end the connection
         return found
 
-    assert asyncio.run(asked()) == alone * 3
+    assert asyncio.run(asked()) == alone * 2
 
 
 def test_a_client_that_asks_and_does_not_read_costs_the_others_nothing(buses_service: Service) -> None:
