@@ -28,7 +28,7 @@ from deploy.rollout_page import write_rollout_page
 from deploy.stages import CANARY, CHALLENGER, CHAMPION, SHADOW, Stage, under_way
 from features.facts import Columns
 from features.frame import as_array
-from pipelines.clock import parse_time
+from pipelines.clock import parse_time, wall_us
 from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
@@ -298,6 +298,9 @@ def compare(home: Home, spec: Spec, guard: Guard, stage: Stage, seen: Seen) -> N
     """
     since = max(parse_time(e["when"]) for e in events(home, spec.pipeline)
                 if e["event"] == CHALLENGER and e["body"]["release"] == stage.release)  # fmt: skip
+    if wall_us() < since:
+        seen.quality = "quality was not compared: the clock was set back behind the challenge"
+        return
     log = answers(home, spec.pipeline, stage.parent)
     log = log.filter(pc.greater_equal(log["wall"].cast(pa.int64()), since)).combine_chunks().sort_by("wall")
     if not log.num_rows:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
+from pipelines.clock import begin_s
 
 log = logging.getLogger("millrace.service")
-PID, INSIDE, LIMIT, SHED, DROPPED, ROWS, UNKNOWN, OUTSIDE, EXPLAINED, COUNTS = range(10)
+PID, INSIDE, LIMIT, SHED, DROPPED, ROWS, UNKNOWN, OUTSIDE, EXPLAINED, READY, COUNTS = range(11)
 STAGES = ("read", "parse", "features", "preprocess", "model", "whole")
 SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # upper ends of the buckets
 TENTHS = tuple(n / 10 for n in range(1, 11))
@@ -37,18 +37,18 @@ class Meter:
         self._missing = self._status + len(ROUTES) * len(STATUSES)
         self._unseen = self._missing + len(features)
         self._stale = self._unseen + len(features)
-        self.width, self.slots = self._stale + len(views), 2 * workers + 2
+        self.width, self.slots, self.wanted = self._stale + len(views), 2 * workers + 2, workers
         self._feature = {name: i for i, name in enumerate(features)}
         self._view = {name: i for i, name in enumerate(views)}
         self._at = {(route, status): self._status + i * len(STATUSES) + j
                     for i, route in enumerate(ROUTES) for j, status in enumerate(STATUSES)}  # fmt: skip
         self._whole = memoryview(self._map(path)).cast("d")
-        self.rates = self._whole[self.slots * self.width :]
+        self.rates = self._whole[self.slots * self.width :]  # and after them whether all workers were ready once
         self._rows = [self._whole[i * self.width : (i + 1) * self.width] for i in range(self.slots)]
         self.row = self._claimed(path)
 
     def _map(self, path: Path | None) -> mmap.mmap:
-        size = 8 * (self.slots * self.width + CLIENTS)
+        size = 8 * (self.slots * self.width + CLIENTS + 1)
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,7 @@ class Meter:
                     return mmap.mmap(file.fileno(), size)
             except (OSError, ValueError) as error:
                 log.warning("%s: %s; numbers and limits are those of each worker alone", path, error)
+        self.wanted = 1
         return mmap.mmap(-1, size)
 
     def _claimed(self, path: Path | None) -> "memoryview[float]":
@@ -68,7 +69,7 @@ class Meter:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 for row in self._rows:
                     if not _alive(int(row[PID])):
-                        row[INSIDE] = row[LIMIT] = 0.0
+                        row[INSIDE] = row[LIMIT] = row[READY] = 0.0
                         row[PID] = os.getpid()
                         return row
             finally:
@@ -83,6 +84,15 @@ class Meter:
     def workers(self) -> int:
         """Workers that have begun and are not known to have ended."""
         return sum(row[PID] > 0 for row in self._rows) or 1
+
+    def awaited(self) -> int:
+        """Workers that have yet to be ready. Once all were, none: from then on each says so for itself alone."""
+        if not self.rates[CLIENTS]:
+            ready = sum(row[READY] > 0 and _alive(int(row[PID])) for row in self._rows)
+            if ready < self.wanted:
+                return self.wanted - ready
+            self.rates[CLIENTS] = 1.0
+        return 0
 
     def took(self, stage: str, seconds: float) -> None:
         """A stage of a request took so long."""
@@ -188,11 +198,11 @@ def escaped(text: str) -> str:
 
 def shared_file(folder: Path) -> Path:
     """The file of the service that this process is a worker of, named by who started it; those of ended services are removed."""
-    parent = psutil.Process(os.getppid())
-    mine = folder / f"shared-{parent.pid}-{int(parent.create_time() * 100)}"
+    parent = os.getppid()
+    mine = folder / f"shared-{parent}-{round(begin_s(parent) * 100)}"
     for path in folder.glob("shared-*"):
         pid = path.name.split("-")[1]
-        if path != mine and pid.isdigit() and (int(pid) == parent.pid or not _alive(int(pid))):
+        if path != mine and pid.isdigit() and (int(pid) == parent or not _alive(int(pid))):
             path.unlink(missing_ok=True)
     return mine
 

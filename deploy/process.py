@@ -17,11 +17,12 @@ from typing import Any
 
 import psutil
 
+from pipelines.clock import begin_s
 from pipelines.errors import MillraceError
 from pipelines.home import Home, process_env
 from pipelines.manifest import ROOT, read_json, write_json
 
-NOT_READY_S = 15.0  # how long an endpoint may say that it is not ready
+NOT_READY_S = 15.0  # how long an endpoint may say that it is not ready, and nothing new
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Service:
     """A running endpoint."""
 
     pid: int
-    started: float  # process creation time, so that a reused pid is not taken for it
+    started: float  # `begin_s`, so that a reused pid is not taken for it
     port: int
     release: str
     log: str
@@ -44,7 +45,7 @@ class Service:
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
+            return process.status() != psutil.STATUS_ZOMBIE and begin_s(self.pid) == self.started
         except psutil.NoSuchProcess:
             return False
 
@@ -88,7 +89,7 @@ def start(
     before = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=src, env=env, stdout=out, stderr=out, start_new_session=True)
-    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release, str(log),
+    service = Service(process.pid, begin_s(process.pid), port, release, str(log),
                       int(extra.get("MILLRACE_CLOCK_OFFSET_US", "0")), extra.get("MILLRACE_RULES", ""), shadow)  # fmt: skip
     if name:
         remember(home, name, service)
@@ -97,7 +98,8 @@ def start(
 
 def wait_until_ready(service: Service, *, wait_s: float = 90, since: int = 0) -> Service:
     """An endpoint that answered /readyz. Raises MillraceError with its last words, and stops it, when it does not."""
-    log, deadline, said = Path(service.log), time.monotonic() + wait_s, ""
+    log, until, said = Path(service.log), time.monotonic() + wait_s, ""
+    deadline, heard = until, set[str]()
     while time.monotonic() < deadline:
         if not service.alive() or "Application startup failed" in last_words(log, since=since):
             break  # BentoML would start its worker again and again
@@ -105,7 +107,10 @@ def wait_until_ready(service: Service, *, wait_s: float = 90, since: int = 0) ->
             with urllib.request.urlopen(f"{service.url}/readyz", timeout=2):
                 return service
         except urllib.error.HTTPError as error:  # it says why not: perhaps it is only starting
-            deadline, said = min(deadline, time.monotonic() + NOT_READY_S if not said else deadline), error.read().decode()
+            said = error.read().decode()
+            if said not in heard:
+                deadline = min(until, time.monotonic() + NOT_READY_S)
+            heard.add(said)
             time.sleep(0.1)
         except OSError:
             time.sleep(0.1)
@@ -126,7 +131,7 @@ def spawn(
             [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True,
             preexec_fn=_die_with_parent if tied else None,
         )  # fmt: skip
-    service = Service(process.pid, psutil.Process(process.pid).create_time(), port, release or name, str(log))
+    service = Service(process.pid, begin_s(process.pid), port, release or name, str(log))
     remember(home, name, service)
     return service
 

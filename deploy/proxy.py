@@ -14,10 +14,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
-
 from deploy.process import Service, port_is_free, reason, remember, running, stop
 from deploy.requests import MAX_BYTES
+from pipelines.clock import begin_s
 from pipelines.errors import MillraceError
 from pipelines.home import Home
 from pipelines.manifest import write_atomic
@@ -114,7 +113,7 @@ class Proxy:
         before = log.stat().st_size if log.exists() else 0
         with log.open("ab") as out:
             process = subprocess.Popen(["sh", "-c", LOOP], cwd=self.folder, stdout=out, stderr=out, start_new_session=True)
-        service = Service(process.pid, psutil.Process(process.pid).create_time(), port, "proxy", str(log))
+        service = Service(process.pid, begin_s(process.pid), port, "proxy", str(log))
         remember(self.home, self.name, service)
         try:
             self.tell("show info")

@@ -15,11 +15,11 @@ from features.rows import PARTS, split_bounds
 from features.store import FeatureSet
 from features.versions import Version
 from models.evaluate import CHALLENGER
-from pipelines.clock import iso, wall_us
+from pipelines.clock import iso
 from pipelines.home import Home
 from pipelines.lineage import dataset, emit
 from pipelines.manifest import ROOT, Artifact, digest_of, file_digest, read_json, write_json
-from pipelines.run import Run, accepted, result_spec
+from pipelines.run import Run, accepted, ended_us, result_spec
 from pipelines.spec import Spec
 
 
@@ -69,7 +69,7 @@ def write_record(
         "stages": costs, "stage_paths": paths, "data_version": asdict(version),
         "snapshot_rows": snapshot.rows, "set_aside": snapshot.set_aside, "exact": True,
         "test_window_us": list(split_bounds(spec, run.as_of_us)[3][:2]) if spec.timed else None,
-        "result_digest": digest_of(result), "result": result, "finished_wall_us": wall_us(),
+        "result_digest": digest_of(result), "result": result, "finished_wall_us": ended_us(home, run.pipeline),
     }  # fmt: skip
     write_report(spec, home, run, manifest)
     write_json(folder / "manifest.json", manifest)
@@ -108,7 +108,7 @@ def write_refusal(home: Home, run: Run, reason: str, report: str) -> None:
     write_json(run.folder(home) / "manifest.json", {
         "pipeline": run.pipeline, "run_id": run.run_id, "inputs": inputs, "outcome": "refused", "release": run.parent,
         "reasons": [reason], "result_digest": "", "report": report, "stages": stage_costs(run.folder(home)),
-        "finished_wall_us": wall_us(),
+        "finished_wall_us": ended_us(home, run.pipeline),
     })  # fmt: skip
     emit(home, run.pipeline, run.run_id, "FAIL", inputs=inputs_of(read_snapshot(home, run.pipeline, run.snapshot)), error=reason)
 

@@ -34,7 +34,7 @@ from deploy.contents import unlike  # noqa: E402
 from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
 from deploy.lean import Door, eager, hurry, joined, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
-from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, UNKNOWN, Meter, head, shared_file  # noqa: E402
+from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, READY, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
 from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
 from deploy.requests import Asked, BadRequest, asked, feature_fields, key_fields  # noqa: E402
@@ -43,7 +43,7 @@ from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.frame import is_missing  # noqa: E402
-from features.online import OnlineStore, Served, serve_features  # noqa: E402
+from features.online import OnlineStore, Served, anchor_of, serve_features  # noqa: E402
 from features.preprocess import Batch  # noqa: E402
 from models.explain import Explained, Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
@@ -84,10 +84,13 @@ class Endpoint:
 
     def now_us(self) -> int:
         """The clock's now; its anchor is in the served store, and stays while that does not answer."""
+        return self._now_by(self._anchor)
+
+    def _now_by(self, read: Callable[[], Anchor]) -> int:
         clock = self.spec.clock
         if clock is None:
             return 0
-        anchor = self._anchor() if clock.kind == "data" else None
+        anchor = read() if clock.kind == "data" else anchor_of(self.store.last)
         return Clock(clock.kind, clock.speed, clock.offset + self.offset_us, anchor).now_us()
 
     async def predict(self, body: bytes, visit: Visit) -> dict[str, Any]:
@@ -167,7 +170,7 @@ class Endpoint:
 
     def _served(self, rows: list[dict[str, Any]]) -> tuple[Served, str]:
         """Features by the clock's now; while the store's server does not answer, without it, and what it said."""
-        return self._of_store(lambda store: serve_features(store, rows, self.now_us))
+        return self._of_store(lambda store: serve_features(store, rows, lambda: self._now_by(store.anchor)))
 
     def _anchor(self) -> Anchor:
         return self._of_store(OnlineStore.anchor)[0]
@@ -260,15 +263,16 @@ class Endpoint:
 
     def warm(self) -> None:
         """Answers one row by every part, without a trace in log and metrics. Raises what a request would."""
-        self.example = example(self.store, self.key_fields, self.now_us())
-        row = self.example or stand_in(self.key_fields, self.now_us())
-        served = serve_features(self.store, [row], self.now_us)
+        now = self._now_by(self.store.anchor)
+        self.example = example(self.store, self.key_fields, now)
+        row = self.example or stand_in(self.key_fields, now)
+        served = serve_features(self.store, [row], lambda: self._now_by(self.store.anchor))
         batch = self.preprocess.transform(served.frame)
         score = float(self.model.predict(batch)[0])
         if not 0 <= score <= 1:
             raise MillraceError(f"the model answers {score} to a row of the served store: it cannot serve")
         self.values = {name: _plain(value[0]) for name, value in served.frame.items()}
-        self.warmed = time.monotonic()
+        self.warmed, self.without_until = time.monotonic(), 0.0  # the store has answered
 
     def openapi(self) -> dict[str, Any]:
         """How to ask, with a row that the served store has now."""
@@ -348,6 +352,7 @@ class _Worker:
     """The endpoint of this process, or why there is none yet."""
 
     endpoint: Endpoint | None = None
+    made: Endpoint | None = None  # which may not be ready yet
     why, tried = "it is starting", 0.0
 
     def get(self) -> Endpoint:
@@ -362,9 +367,10 @@ class _Worker:
         """Raises MillraceError for what will not pass by itself; a store that does not answer does."""
         self.tried = time.monotonic()
         try:
-            endpoint = Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
-            endpoint.warm()
-            self.endpoint = endpoint
+            self.made = self.made or Endpoint(SRC / "bundle", Path(os.environ["MILLRACE_HOME"]))
+            self.made.warm()
+            self.made.meter.row[READY] = 1.0
+            self.endpoint = self.made
             gc.collect()
             gc.freeze()  # what is here to stay: to look through it costs a tenth of a second, now and then
         except StoreDown as down:
@@ -446,12 +452,14 @@ class Millrace:
     async def __is_ready__(self) -> bool:
         """What BentoML's /readyz asks."""
         try:
-            _worker.get()
+            meter = _worker.get().meter
+            if left := meter.awaited():
+                raise MillraceError(f"not ready: {left} of {meter.wanted} workers are starting")
         except MillraceError as error:
             raise HTTPException(503, str(error)) from None
         return True
 
     @bentoml.on_shutdown
     def stop(self) -> None:
-        if _worker.endpoint is not None:
-            _worker.endpoint.log.close()
+        if _worker.made is not None:
+            _worker.made.log.close()

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -654,24 +654,61 @@ class PostgresCells:
             raise StoreDown(self.place, error) from None
 
     def _ask(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a query. A connection that was lost since the last one is made again."""
+        """Rows of a query. A connection that was lost since the last one is made again; one that lets wait is given up."""
         import psycopg
 
         held = self.db is not None
         try:
             if self.db is None:
-                limit = "" if self.wait_s == WAIT_S else f"-c statement_timeout={self.wait_s * 1e3:.0f}"
-                self.db = psycopg.connect(self.url, connect_timeout=5, autocommit=True, options=limit or None)
-                self.db.execute(self.PLAN)
+                self.db = self._connected()
             cursor = self.db.execute(query, values or None, binary=True)
             return list(cursor.fetchall()) if cursor.rownumber is not None else []
         except psycopg.errors.UndefinedTable:
             return []
         except psycopg.OperationalError as error:
-            self.db = None
-            if held:
+            db, self.db = self.db, None
+            if db is not None:
+                db.close()
+            if held and not isinstance(error, psycopg.errors.ConnectionTimeout | psycopg.errors.QueryCanceled):
                 return self._ask(query, values)
             raise StoreDown(self.place, error) from None
+
+    def _connected(self) -> Any:
+        """A connection for what is read, which waits no longer than it is told to."""
+        import psycopg
+
+        patient = self.wait_s == WAIT_S
+        limit = "" if patient else f"-c statement_timeout={self.wait_s * 1e3:.0f}"
+        kind = psycopg.Connection if patient else _bounded(psycopg.Connection, self.wait_s)
+        db = kind.connect(self.url, connect_timeout=5, autocommit=True, options=limit or None)
+        db.execute(self.PLAN)
+        return db
+
+
+def _bounded(kind: Any, wait_s: float) -> Any:
+    """A class of psycopg's connections that gives up a server which takes a connection, or a question, and says nothing."""
+    import psycopg
+
+    def soon(steps: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        until = time.monotonic() + wait_s
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send((yield wanted))
+                if time.monotonic() > until:
+                    raise psycopg.errors.ConnectionTimeout(f"no answer within {wait_s:g} s")
+        except StopIteration as end:
+            return end.value
+
+    class Bounded(kind):
+        @classmethod
+        def _connect_gen(cls, *given: Any, **named: Any) -> Any:
+            return soon(super()._connect_gen(*given, **named))
+
+        def wait(self, steps: Any, *given: Any, **named: Any) -> Any:
+            return super().wait(soon(steps), *given, **named)
+
+    return Bounded
 
 
 class _State:

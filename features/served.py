@@ -163,7 +163,7 @@ def _steps(config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey],
 def _now(config: RepoConfig, meta: Meta) -> int:
     told = config.online_store
     anchor = anchor_of(meta) if meta else Anchor(0, 0)
-    return Clock(told.clock, told.speed, told.offset, anchor if told.clock == "data" else None).now_us()
+    return Clock(told.clock, told.speed, told.offset, anchor).now_us()
 
 
 def _value(value: Any, kind: Any) -> Value:

@@ -1,9 +1,11 @@
 """The clock: the only module that reads the wall clock. Times are int64 microseconds, UTC."""
 
+import os
 import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 US = 1_000_000
 DAY_US = 86_400 * US
@@ -16,6 +18,19 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def wall_us() -> int:
     """Wall time now, µs UTC."""
     return time.time_ns() // 1_000
+
+
+def begin_s(pid: int) -> float:
+    """When a process began, seconds after the machine did. psutil's `create_time` moves with the wall clock when that is set.
+
+    Raises psutil.NoSuchProcess. Where there is no /proc it is psutil's.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        import psutil
+
+        return psutil.Process(pid).create_time()
 
 
 def duration_us(text: str | int) -> int:
@@ -72,7 +87,10 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Clock:
-    """Tells now. `wall`: the wall clock. `data`: anchor + offset + elapsed wall time × speed (µs UTC)."""
+    """Tells now (µs UTC). `wall`: the wall clock. `data`: anchor + offset + elapsed wall time × speed.
+
+    Where the wall clock was set back behind the last feed, now is that feed's: the store knows nothing of earlier times.
+    """
 
     kind: str
     speed: float = 0.0
@@ -81,7 +99,7 @@ class Clock:
 
     def now_us(self) -> int:
         if self.kind == "wall":
-            return wall_us()
+            return max(wall_us(), self.anchor.data_us if self.anchor else MISSING)
         if self.anchor is None:
             raise ValueError("a data clock needs an anchor: it is written when the served store is fed")
         elapsed = max(0, wall_us() - self.anchor.wall_us)

@@ -91,6 +91,11 @@ def finished(home: Home, pipeline: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda m: (m["finished_wall_us"], m["run_id"]))
 
 
+def ended_us(home: Home, pipeline: str) -> int:
+    """When a run that ends now has ended, wall µs: after all before it, also where the clock was set back since."""
+    return max([wall_us(), *(m["finished_wall_us"] + 1 for m in finished(home, pipeline)[-1:])])
+
+
 def accepted(home: Home, pipeline: str) -> dict[str, Any] | None:
     """The manifest of the newest run that no contract stopped."""
     return next((m for m in reversed(finished(home, pipeline)) if m["result_digest"]), None)

@@ -4,10 +4,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pyarrow import fs
 
@@ -122,6 +123,22 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "store")
     return f"{request.getfixturevalue(request.param).url}#test/{next(NAMES)}"
+
+
+@pytest.fixture
+def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the wall clock of this process by so many seconds, and when the machine seems to have begun: the kernel counts that
+    back from the wall clock."""
+    set_by, now, seconds, begun = 0.0, time.time_ns, time.time, psutil._pslinux.boot_time  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "time_ns", lambda: now() + int(set_by * 1e9))
+    monkeypatch.setattr(time, "time", lambda: seconds() + set_by)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: begun() + set_by)  # type: ignore[attr-defined]
+
+    def jumped(by: float) -> None:
+        nonlocal set_by
+        set_by += by
+
+    return jumped
 
 
 @pytest.hookimpl(wrapper=True)

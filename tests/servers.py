@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -103,3 +104,38 @@ def s3_server() -> Iterator[Server]:
     command = [str(program), "-H", "127.0.0.1", "-p", str(port)]
     with _running(Server(command, port, f"http://127.0.0.1:{port}"), Path(folder)) as server:
         yield server
+
+
+class Valve:
+    """A port before a server's. Closed, it takes connections, and what comes over them, and passes nothing on."""
+
+    def __init__(self, port: int) -> None:
+        self.behind, self.open = port, threading.Event()
+        self.open.set()
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.listening.accept()
+                far = socket.create_connection(("127.0.0.1", self.behind))
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError), other:
+            while some := one.recv(100_000):
+                self.open.wait()
+                other.sendall(some)
+
+
+@contextmanager
+def valve(port: int) -> Iterator[Valve]:
+    made = Valve(port)
+    try:
+        yield made
+    finally:
+        made.open.set()
+        made.listening.close()

@@ -36,7 +36,7 @@ from features.store import write_views
 from pipelines.clock import Anchor, wall_us
 from pipelines.errors import MillraceError
 from tests.agreement import features_at, frame_differences, make_world, served_differences
-from tests.servers import NAMES, REMOTE, Server
+from tests.servers import NAMES, REMOTE, Server, valve
 
 KEYS = ["", "a", "a\x1fb", "é\x1f🐟", "x" * 300]
 
@@ -357,3 +357,20 @@ def test_a_server_that_is_down_is_said_and_comes_back(kind: str, request: pytest
         assert np.array_equal(again.frame[name], values, equal_nan=values.dtype != object), name
 
 
+@pytest.mark.parametrize("kind", REMOTE)
+def test_a_server_that_takes_questions_and_says_nothing_is_not_waited_for(kind: str, request: pytest.FixtureRequest) -> None:
+    """Whether it was asked before, or hangs while a connection is made; it is asked again when it answers."""
+    server: Server = request.getfixturevalue(kind)
+    with valve(server.port) as line:
+        place = f"{server.url.replace(str(server.port), str(line.port))}#test/{next(NAMES)}"
+        fill(place, "m")
+        cells = open_cells(place, wait_s=0.2)
+        before = look(cells)
+        line.open.clear()
+        for asked in (cells, cells, open_cells(place, wait_s=0.2)):
+            began = time.monotonic()
+            with pytest.raises(StoreDown, match=f"{line.port}.* does not answer"):
+                asked.get([("one", KEYS)])
+            assert 0.15 < time.monotonic() - began < 1.2
+        line.open.set()
+        assert look(cells) == before

@@ -77,7 +77,8 @@ def test_a_data_clock_without_an_anchor_says_where_it_comes_from() -> None:
 
 def test_a_wall_clock_is_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "wall_us", lambda: 42)
-    assert Clock("wall", 5.0, 99, Anchor(1, 1)).now_us() == 42
+    assert Clock("wall", 5.0, 99, Anchor(1, 1)).now_us() == Clock("wall").now_us() == 42
+    assert Clock("wall", 5.0, 99, Anchor(50, 1)).now_us() == 50  # of what was before its feed the store knows nothing
 
 
 def test_only_the_clock_reads_the_wall_clock() -> None:

@@ -21,6 +21,7 @@ from deploy.process import Service, call, free_port
 from features.ingest import ingest
 from flows import inprocess
 from flows.serving import wait_for_server
+from pipelines.clock import begin_s
 from pipelines.errors import MillraceError
 from pipelines.home import Home, open_home
 from pipelines.manifest import ROOT, Note, find_artifact, lock, make_artifact, read_json, write_atomic, write_json
@@ -174,7 +175,7 @@ def told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Iterator[None]:
 
 
 def alive(port: int = 1) -> Service:
-    return Service(os.getpid(), psutil.Process().create_time(), port, "prefect-server", "/nowhere/log.txt")
+    return Service(os.getpid(), begin_s(os.getpid()), port, "prefect-server", "/nowhere/log.txt")
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -297,7 +298,7 @@ def test_a_prefect_server_that_does_not_answer(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("starting\nsqlalchemy.exc.OperationalError: unable to open database file\nbye\n")
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    server = Service(sleeper.pid, psutil.Process(sleeper.pid).create_time(), free_port(), "prefect-server", str(log))
+    server = Service(sleeper.pid, begin_s(sleeper.pid), free_port(), "prefect-server", str(log))
     began = time.monotonic()
     with pytest.raises(MillraceError) as caught:
         wait_for_server(server, wait_s=0.5)

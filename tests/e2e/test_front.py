@@ -30,7 +30,7 @@ from starlette.testclient import TestClient
 from deploy.front import Front, answered, page
 from deploy.keys import Keys, hashed, keys_file, make_key, read_keys, revoke_key
 from deploy.lean import FEWEST, Door
-from deploy.meter import INSIDE, LIMIT, Meter, shared_file
+from deploy.meter import INSIDE, LIMIT, PID, READY, Meter, shared_file
 from deploy.process import Service, call, free_port, start, stop
 from features.cells import StoreDown
 from features.frame import feature_list
@@ -242,6 +242,24 @@ def test_numbers_and_limits_are_those_of_all_workers(tmp_path: Path) -> None:
     assert not door.full()
 
 
+def test_an_endpoint_is_ready_when_all_workers_are_and_stays_so_while_one_is_replaced(tmp_path: Path) -> None:
+    alone = Meter(None, 2, [], [])
+    alone.row[READY] = 1.0
+    assert alone.awaited() == 0  # who cannot see the others says so for itself
+    one, two = (Meter(tmp_path / "shared", 2, [], []) for _ in range(2))
+    assert one.awaited() == two.awaited() == 2
+    one.row[READY] = 1.0
+    assert one.awaited() == two.awaited() == 1
+    two.row[READY], two.row[PID] = 1.0, 2.0**22 + 1  # which died at once
+    assert one.awaited() == 1
+    three = Meter(tmp_path / "shared", 2, [], [])
+    assert three.row[READY] == 0 and one.awaited() == 1  # in its place
+    three.row[READY] = 1.0
+    assert one.awaited() == three.awaited() == 0
+    three.row[PID] = 2.0**22 + 1
+    assert one.awaited() == 0 and Meter(tmp_path / "shared", 2, [], []).awaited() == 0
+
+
 def test_the_file_is_the_service_s_and_goes_with_it(tmp_path: Path) -> None:
     gone = tmp_path / "shared-999999999-17"
     gone.write_bytes(b"")
@@ -394,10 +412,7 @@ def test_two_workers_count_and_let_in_together(buses: Buses, two_workers: tuple[
     service, key = two_workers
     names = [feature.name for feature in feature_list(buses.spec)]
     url = service.url
-    deadline = time.monotonic() + 60
-    while numbers(url, **{"X-API-Key": key})[("millrace_workers", ())] < 2:  # the endpoint is ready when its first worker is
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert numbers(url, **{"X-API-Key": key})[("millrace_workers", ())] == 2  # it is ready when both are
     for path in ("/info", "/metrics", "/openapi.json"):
         assert send(f"{url}{path}", None, method="GET").status == 401
         assert send(f"{url}{path}", None, method="GET", headers={"X-API-Key": key}).status == 200
@@ -424,6 +439,7 @@ def test_two_workers_count_and_let_in_together(buses: Buses, two_workers: tuple[
         return await asyncio.gather(*many)
 
     shared = Meter(next((buses.home.services("buses")).glob(f"shared-{service.pid}-*")), 2, names, [*buses.spec.features.views])
+    assert shared.total(READY) == 2 and shared.awaited() == 0
     watched = threading.Event()
 
     def watch() -> None:

@@ -1,6 +1,7 @@
 """More requests than can be answered, and clients that do not send: each gets an answer or is told to come again, in time."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -8,13 +9,14 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deploy.lean import AROUND, FEWEST, Door
 from deploy.process import Service, call
-from tests.e2e.buses import Buses
-from tests.e2e.raw_http import request
+from tests.e2e.buses import EVERY, NOW, Buses, trip_at
+from tests.e2e.raw_http import received, request
 from tests.e2e.test_endpoint import SOON
 
 
@@ -77,6 +79,32 @@ def test_new_connections_are_seen_at_once(buses_service: Service) -> None:
     for _ in range(5):
         statuses |= {status for status, _, _ in asyncio.run(rush(400))}
     assert statuses == {200, 429}
+
+
+def test_ten_thousand_keys_at_once_are_answered_or_told_to_come_again(buses_service: Service) -> None:
+    """In one request they are refused; in ten at the same time each gets its own answers, those that nobody knows too."""
+    trips = [trip_at(NOW + (1 + i) * EVERY) for i in range(10_000)]
+    status, refused = call(f"{buses_service.url}/predict", {"rows": trips})
+    assert status == 422 and refused["error"].startswith("10000 rows; send 1 to 1,000")
+
+    async def asked(some: list[dict[str, object]]) -> list[dict[str, Any]]:
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", buses_service.port)
+            writer.write(request({"rows": some}))
+            status, _, body = await asyncio.wait_for(received(reader), 60)
+            writer.close()
+            if status == 200:
+                return list(json.loads(body)["rows"])
+            assert status == 429
+            await asyncio.sleep(1)
+
+    async def all_of() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(*(asked(trips[i::10]) for i in range(10)))
+
+    found = asyncio.run(all_of())
+    assert all([row["key"] for row in rows] == trips[i::10] for i, rows in enumerate(found))
+    known = Counter(row["unknown_entity"] for rows in found for row in rows)
+    assert known == {True: 9_760, False: 240}, known
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """Releases on live traffic: none is lost, the bad ones go by themselves with a reason, whoever is killed at whatever moment."""
 
+import http.client
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -201,7 +204,9 @@ def test_a_good_challenger_goes_all_the_way_and_back_and_no_request_is_lost(live
     ({"shift": float("nan")}, {"shadow": "0s"}, "start: .*the model answers nan to a row of the served store"),
     ({"shift": 0.3, "without": "gbdt.txt"}, {}, "start: .*gbdt.txt: not found, but model.json needs it"),
     ({"spec": "without place"}, {}, "start: .*KeyError: 'place__zone'"),
-], ids=["hangs", "fails", "NaN", "crashes on start", "an unknown feature"])  # fmt: skip
+    ({"function": "slow"}, {"shadow": "0s"}, "latency: [0-9]+ of [0-9]+ answers took more than [0-9]+ ms"),
+    ({"function": "leaks"}, {"shadow": "0s"}, "memory: [0-9]+ MB grew to [0-9]+ MB, 40 MB more is accepted"),
+], ids=["hangs", "fails", "NaN", "crashes on start", "an unknown feature", "is slow", "leaks memory"])  # fmt: skip
 def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str, Any], rules: dict[str, Any], why: str) -> None:
     old = champion(live.home, "buses")
     assert old is not None
@@ -220,6 +225,52 @@ def test_a_bad_challenger_is_taken_back_with_a_reason(live: Live, made: dict[str
     assert len(hit) <= 0.1 * len(load.asked) and (rules.get("shadow") or not hit)
     assert champion(live.home, "buses") == old and stages_of(live.home, "buses")[bad.release].state == "retired"
     assert [s.release for s in endpoints(live.home, "buses").values()] == [old.release]
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_controller_whose_clock_is_set_back_and_forth_goes_on(live: Live, jump: Callable[[float], None]) -> None:
+    """No endpoint is taken for dead, and no step ends early or late; and a client's one connection stays, and changes release."""
+    old, over = champion(live.home, "buses"), threading.Event()
+    assert old is not None
+    new = challenged_by(live.home, make_release(live.buses, shift=0.005))
+
+    def unsteady() -> None:
+        while not over.wait(0.3):
+            jump(3_600)
+            over.wait(0.3)
+            jump(-3_600)
+
+    def one_connection() -> None:
+        line = http.client.HTTPConnection("127.0.0.1", live.port, timeout=20)
+        line.connect()
+        kept = line.sock
+        while not over.wait(0.025):
+            line.request("POST", "/predict", json.dumps({"rows": [trip_at(NOW + (1 + len(told) % 200) * EVERY)]}))
+            answer = line.getresponse()
+            told.append((answer.status, json.load(answer).get("release", ""), line.sock is kept))
+
+    told: list[tuple[int, str, bool]] = []
+    threads = [threading.Thread(target=unsteady), threading.Thread(target=one_connection)]
+    for thread in threads:
+        thread.start()
+    with Load(live.port, 40) as load:
+        began = time.monotonic()
+        done = live.roll(shadow="0s", canary=[50], step="2s")
+        took = time.monotonic() - began
+        time.sleep(0.5)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert {(status, kept) for status, _, kept in told} == {(200, True)}
+    assert (told[0][1], told[-1][1]) == (old.release, new.release) and len(told) > 50
+    assert done.outcome == "promoted" and 2 < took < 30, (done, took)
+    assert not wrong(load.asked, old.release, new.release)
+    steps = [e["event"] for e in events(live.home, "buses") if e["body"].get("release") == new.release]
+    assert steps == ["release", "challenger", "canary", "promote"]
+    assert [s.release for s in endpoints(live.home, "buses").values()] == [new.release]
+    homes = [p for p in psutil.process_iter(["cmdline"]) if f"{live.home.root}/bentoml/" in " ".join(p.info["cmdline"] or [])]
+    assert all(new.release.partition(":")[2] in " ".join(p.info["cmdline"]) for p in homes)  # nobody was left behind
 
 
 KILLED = """

@@ -1,10 +1,14 @@
 """An endpoint whose rows lie in Redis: it answers by them, without them while Redis is down, and by them again."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -19,7 +23,7 @@ from pipelines.home import Home
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses
 from tests.e2e.test_endpoint import SOON
-from tests.servers import redis_server
+from tests.servers import postgres_server, redis_server, valve
 
 
 @pytest.mark.slow
@@ -102,3 +106,84 @@ def test_an_endpoint_whose_store_is_down_is_not_ready_and_says_why(buses: Buses,
             assert call(f"{url}/predict", {"rows": [SOON]})[0] == 200
         finally:
             stop(service)
+
+
+WORKER = """
+import asyncio, json, sys, threading, time
+import deploy.service as service
+from deploy.front import Visit
+
+def told(*what):
+    print(json.dumps(what), flush=True)
+    sys.stdin.readline()
+
+def asked():
+    began = time.monotonic()
+    answer = asyncio.run(endpoint.predict(sys.argv[1].encode(), Visit("x")))
+    return [time.monotonic() - began, answer.get("store_down", ""), answer["rows"][0]["unknown_entity"]]
+
+worker, warm, turns = service._worker, service.Endpoint.warm, []
+
+def hung(endpoint):
+    if not turns:
+        told("made")  # and then its store says no more
+    turns.append(endpoint)
+    warm(endpoint)
+
+service.Endpoint.warm = hung
+for _ in range(2):
+    worker.make()
+logs = [t for t in threading.enumerate() if t.name == "prediction-log"]
+told(worker.endpoint is None, worker.why, len({id(e) for e in turns}), len(logs), turns[0].meter.workers())
+worker.make()
+endpoint = worker.get()
+told(endpoint is turns[0], endpoint.meter.awaited(), asked())
+told([asked() for _ in range(4)])
+time.sleep(2.1)  # for so long it is left alone
+told([asked() for _ in range(2)])
+endpoint.log.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_a_worker_whose_store_hangs_is_made_once_and_answers_without_it(buses: Buses, tmp_path: Path) -> None:
+    """A Postgres that takes connections and says nothing: before the first row, and later in the midst of answers."""
+    with postgres_server() as server, valve(server.port) as line:
+        store = f"{server.url.replace(str(server.port), str(line.port))}#buses/{buses.features.defs_digest[:16]}"
+        anchor = Anchor(buses.snapshot.watermark_us, 0)
+        assert feed(buses.spec, buses.home.root / buses.features.path, store, anchor, buses.snapshot.digest)
+        src = buses.folder / "src"
+        env = {**os.environ, "PYTHONPATH": str(src), "MILLRACE_HOME": str(buses.home.root), "BENTOML_DO_NOT_TRACK": "True",
+               "MILLRACE_ONLINE": store, "MILLRACE_PREDICTIONS": str(tmp_path / "log")}  # fmt: skip
+        child = subprocess.Popen([sys.executable, "-c", WORKER, json.dumps({"rows": [SOON]})], cwd=src, env=env, text=True,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+
+        def told() -> list[Any]:
+            return list(json.loads(child.stdout.readline()))  # type: ignore[union-attr]
+
+        def go_on() -> None:
+            child.stdin.write("\n")  # type: ignore[union-attr]
+            child.stdin.flush()  # type: ignore[union-attr]
+
+        assert told() == ["made"]
+        line.open.clear()
+        go_on()
+        down, why, made, logs, rows = told()
+        assert down and f"127.0.0.1:{line.port}" in why and "does not answer" in why and (made, logs, rows) == (1, 1, 1)
+        line.open.set()
+        go_on()
+        same, awaited, (took, said, unknown) = told()
+        assert same and awaited == 0 and took < 1 and (said, unknown) == ("", False)
+        line.open.clear()
+        go_on()
+        (answers,) = told()
+        assert all("does not answer" in said and unknown for _, said, unknown in answers)
+        assert 0.9 < answers[0][0] < 1.9 and max(took for took, _, _ in answers[1:]) < 0.5  # the others do not wait for it
+        line.open.set()
+        go_on()
+        (answers,) = told()
+        assert [(said, unknown) for _, said, unknown in answers] == [("", False)] * 2
+        go_on()
+        assert child.wait(20) == 0
