@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from bench.record import options, released, report
 from deploy.process import Service, call, free_port, start, stop
 from deploy.rollout import Release, bento_folder, bento_spec, champion
-from deploy.score_parts import BATCH_ROWS, scoring_process
+from deploy.score_parts import BATCH_ROWS, MANIFEST, scoring_process
 from deploy.scoring import key_table, known_rows
 from deploy.tables import Job, Part
 from features.frame import arrow_columns
@@ -161,23 +161,32 @@ def equal_answers(service: Service, rows: Path, scores: Path, by_keys: Path, key
     return all(equal), SAMPLE + ALONE + len(named)
 
 
-def killed(home: Home, words: list[str], out: Path, most: int) -> int:
-    """Scores into a folder with one SIGKILL after another, then in peace; how many were killed at work."""
+def killed(home: Home, words: list[str], out: Path, most: int, span: float) -> int:
+    """Scores into a folder with one SIGKILL after another, then in peace; how many were killed at work. Each kill comes at an
+    instant drawn from the `span` seconds in which a scoring writes its parts; one that is through by then is begun anew.
+    """
     draw, kills = random.Random(5), 0
     while kills < most:
         process = subprocess.Popen([sys.executable, "-m", "flows.cli", *words, str(out)], env=environment(home), cwd=ROOT,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        before = len([*out.glob("*")])
-        while process.poll() is None and len([*out.glob("*")]) <= before and before <= PARTS:
-            time.sleep(0.005)  # until there is one file more
-        time.sleep(draw.random() * 0.3)
-        if process.poll() is not None:
-            break
+        before = len([*out.glob("*.parquet")])
+        while process.poll() is None and len([*out.glob("*.parquet")]) <= before:
+            time.sleep(0.002)  # until there is one part more
+        time.sleep(draw.random() * span * (1 - before / PARTS))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
+        if (out / MANIFEST).exists() and read_json(out / MANIFEST)["finished"]:
+            shutil.rmtree(out)
+        else:
+            kills += 1
     millrace(home, *words, str(out))
     return kills
+
+
+def writing_s(out: Path) -> float:
+    """Seconds from the first part of a folder to its last."""
+    times = [path.stat().st_mtime for path in out.glob("*.parquet")]
+    return max(times) - min(times)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -216,7 +225,8 @@ def measure(
     if not np.abs(numbers[0] - numbers[1]).max() < 1e-9:
         raise SystemExit("the script by hand answers otherwise")
     by_keys = score(folder / "keys", "by-keys", 1)
-    kills = killed(home, ["score", name, "--input", str(parts), "--workers", "2", "--output"], folder / "killed", kills)
+    words = ["score", name, "--input", str(parts), "--workers", "2", "--output"]
+    kills = killed(home, words, folder / "killed", kills, writing_s(folder / "two-0"))
     service = start(home, bento_folder(home, release), port=free_port(), release=release.release, log=folder / "log", extra={})
     try:
         keys = [*bento_spec(home, release).row_key]

@@ -152,8 +152,8 @@ def _answers(port: int, kind: str, row: dict[str, Any]) -> bool:
 def fastest(port: int, sent: list[bytes], quick: bool) -> int:
     """The largest rate, in steps of 50, whose p99 stays below 50 ms with nothing shed."""
     best = 0
-    for rate in range(50, 2_000, 50 if not quick else 100):
-        found = load(port, sent, rate, 2 if quick else 8)
+    for rate in range(50, 2_000, 400 if quick else 50):
+        found = load(port, sent, rate, 1 if quick else 8)
         if found["p99_ms"] > 50 or found["shed_share"]:
             break
         best = rate
@@ -163,7 +163,7 @@ def fastest(port: int, sent: list[bytes], quick: bool) -> int:
 def main() -> None:
     """Measures and reports."""
     told = options("serving")
-    seconds, rounds, many = (5, 1, 1_000) if told.quick else (60, 2, 100_000)
+    seconds, rounds, many, warm = (2, 1, 400, 1) if told.quick else (60, 2, 100_000, 2)
     work = Path(tempfile.mkdtemp(prefix="millrace-bench-"))
     pipeline, sets = ("tumours", QUICK) if told.quick else ("flights_demo", ("tune.generations=1", "tune.size=2"))
     try:
@@ -181,20 +181,20 @@ def main() -> None:
                 with opened() as (port, pid, ready):
                     path, body = asked(kind, row)
                     told_so = [request(body, path)]
-                    load(port, told_so, 50, 2)  # it is warm
+                    load(port, told_so, 50, warm)
                     before = cpu_s(pid)
                     one = load(port, told_so, RATE, seconds if kind == "millrace" and not turn else min(seconds, 10))
                     found[kind].append({**one, "cpu_ms": (cpu_s(pid) - before) / one["requests"] * 1e3, "ready_s": ready})
                     _, answer = call(f"http://127.0.0.1:{port}{path}", body)
                     answers[kind] = answer["predictions"][0] if kind == "mlflow" else answer["rows"][0]["probability"]
         with ours(home, pipeline) as (port, pid, _):
-            load(port, sent, 50, 2)
+            load(port, sent, 50, warm)
             best_alone = fastest(port, sent, told.quick)
         with ours(home, pipeline, workers := os.cpu_count() or 1) as (port, pid, _):
-            load(port, sent, 100, 2 if told.quick else 10)  # all of them are warm
+            load(port, sent, 100, warm if told.quick else 10)  # all of them are warm
             first = load(port, sent, RATE, seconds)
             best = fastest(port, sent, told.quick)
-            load(port, sent, RATE, 2)
+            load(port, sent, RATE, warm)
             begin = rss_mb(pid)
             rate = max(RATE, 0.8 * best)
             load(port, sent, rate, many / rate)

@@ -61,6 +61,19 @@ def tumours_home(tumours: tuple[Home, dict[str, Any]]) -> Home:
 
 
 @pytest.fixture(scope="session")
+def prefect_tables(tumours_home: Home) -> Callable[[Path], Path]:
+    """Gives a new home a Prefect database whose tables are made, which takes seconds; returns the home."""
+
+    def give(home: Path) -> Path:
+        (home / "prefect").mkdir(parents=True)
+        for path in (tumours_home.root / "prefect").glob("prefect.db*"):
+            shutil.copy(path, home / "prefect")
+        return home
+
+    return give
+
+
+@pytest.fixture(scope="session")
 def buses(tmp_path_factory: pytest.TempPathFactory) -> Buses:
     """The buses up to a bento and a fed store, without a release. Copy its home to land more or to feed."""
     return make_buses(tmp_path_factory.mktemp("buses"))
