@@ -277,6 +277,7 @@ class Endpoint:
     def openapi(self) -> dict[str, Any]:
         """How to ask, with a row that the served store has now."""
         if time.monotonic() - self.warmed > EXAMPLE_S:
+            self.warmed = time.monotonic()  # one that hangs is not waited for each time
             with suppress(StoreDown):
                 self.warm()
         shown = {n: _shown(v, self.key_fields[n].type) for n, v in self.example.items()} if self.example else None

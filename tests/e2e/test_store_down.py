@@ -138,7 +138,9 @@ told(worker.endpoint is None, worker.why, len({id(e) for e in turns}), len(logs)
 worker.make()
 endpoint = worker.get()
 told(endpoint is turns[0], endpoint.meter.awaited(), asked())
-told([asked() for _ in range(4)])
+answers, endpoint.warmed, began = [asked() for _ in range(4)], -1e9, time.monotonic()
+pages = [endpoint.openapi()["openapi"] for _ in range(10)]
+told(answers, pages, time.monotonic() - began)
 time.sleep(2.1)  # for so long it is left alone
 told([asked() for _ in range(2)])
 endpoint.log.close()
@@ -178,7 +180,8 @@ def test_a_worker_whose_store_hangs_is_made_once_and_answers_without_it(buses: B
         assert same and awaited == 0 and took < 1 and (said, unknown) == ("", False)
         line.open.clear()
         go_on()
-        (answers,) = told()
+        answers, pages, described = told()
+        assert pages == ["3.1.0"] * 10 and described < 3  # nor for an example, each time anew
         assert all("does not answer" in said and unknown for _, said, unknown in answers)
         assert 0.9 < answers[0][0] < 1.9 and max(took for took, _, _ in answers[1:]) < 0.5  # the others do not wait for it
         line.open.set()
