@@ -309,7 +309,8 @@ def test_half_of_the_ranks_go_on_where_all_rest_for_most_of_the_time(
 ) -> None:
     options = ("train.network.dropout=0", "train.patience=12", f"train.strategy={strategy}")
     run(zygote, tmp_path / "calm", job(arrays, *options, epochs=12), ranks=2)
-    wanted = job(arrays, *options, CAP, "train.power.fewer_ranks=true", epochs=12)
+    low = "train.power.cap_watts=2"  # so low that three windows are over before training is, on a fast machine too
+    wanted = job(arrays, *options, CAP, low, "train.power.fewer_ranks=true", epochs=12)
     wanted.prepare(tmp_path / "capped")
     outcome = launch(tmp_path / "capped", ranks=2, max_restarts=0, zygote=zygote)
     found = [note for note in outcome.notes if "at rest for most of the time: 1 rank(s) from step" in note]
@@ -317,7 +318,7 @@ def test_half_of_the_ranks_go_on_where_all_rest_for_most_of_the_time(
     assert 0 < int(found[0].split("from step ")[1].split()[0]) < Beat(tmp_path / "capped" / "heartbeat-0").step
     assert_same(weights(tmp_path / "capped"), weights(tmp_path / "calm"), atol=2e-6)
     usage = read_json(tmp_path / "capped" / "usage.json")
-    assert usage["watts"] < 5 * 1.02
+    assert usage["watts"] < 2 * 1.02
 
 
 # --- bad input, digests ---
