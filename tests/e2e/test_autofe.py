@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def test_check_says_what_would_be_proposed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(tmp_path: Path) -> None:
-    millrace(tmp_path, "sample", "tumours")
+def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(
+    prefect_tables: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    millrace(prefect_tables(tmp_path), "sample", "tumours")
     first = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
     assert first.code == 0 and first.answer["outcome"] == "promoted", first.err
     home = open_home(tmp_path)
@@ -52,9 +55,11 @@ def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(tmp
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_chooses_goes_on_and_ends_with_the_same_digest(tmp_path: Path) -> None:
+def test_a_run_killed_while_it_chooses_goes_on_and_ends_with_the_same_digest(
+    prefect_tables: Callable[[Path], Path], tmp_path: Path
+) -> None:
     for name in ("whole", "killed"):
-        millrace(tmp_path / name, "sample", "tumours")
+        millrace(prefect_tables(tmp_path / name), "sample", "tumours")
     whole = millrace(tmp_path / "whole", "run", "tumours", "--json", sets=AUTO)
     home = tmp_path / "killed"
     process = subprocess.Popen(command("run", "tumours", sets=AUTO), env=environment(home), cwd=ROOT, text=True,

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,8 +61,10 @@ def test_bad_input_ends_with_2_and_says_what_to_write(home: Home, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_backfill_of_months_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    homes = [Home(tmp_path / name) for name in ("killed", "whole")]
+def test_a_backfill_of_months_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
+    prefect_tables: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    homes = [Home(prefect_tables(tmp_path / name)) for name in ("killed", "whole")]
     write_sample(homes[0].landing("flights"), until_us=parse_time("2013-05-03"))
     shutil.copytree(homes[0].landing("flights"), homes[1].landing("flights"))
     words = ("flights", "--from", "2013-01-01", "--to", "2013-05-01", "--json")

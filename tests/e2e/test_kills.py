@@ -65,8 +65,8 @@ def _stages_done(home: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def landed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("landed")
+def landed(prefect_tables: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = prefect_tables(tmp_path_factory.mktemp("landed"))
     land(load_spec("flights_demo"), Home(home))
     return home
 
@@ -74,7 +74,7 @@ def landed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed_home(landed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("undisturbed")
-    shutil.copytree(landed / "landing", home / "landing")
+    shutil.copytree(landed, home, dirs_exist_ok=True)
     (home / "answer.json").write_text(json.dumps(_run(home)))
     return home
 
@@ -85,9 +85,10 @@ def undisturbed(undisturbed_home: Path) -> dict[str, object]:
     return found
 
 
-def _stages_of(home: Path, other: Path) -> None:
+def _stages_of(home: Path, landed: Path, other: Path) -> None:
     """Another home with the outputs of a home's stages: its run comes to the release, or to what differs, at once."""
-    for name in ("landing", "objects", "snapshots", "artifacts", "bentoml"):
+    shutil.copytree(landed, other, dirs_exist_ok=True)
+    for name in ("objects", "snapshots", "artifacts", "bentoml"):
         shutil.copytree(home / name, other / name)
 
 
@@ -97,7 +98,7 @@ def test_the_same_digest_after_a_kill_in_every_stage(
     landed: Path, undisturbed: dict[str, object], tmp_path: Path
 ) -> None:
     """One home, one run: it is killed once in each stage, a little into it, and started again."""
-    shutil.copytree(landed / "landing", tmp_path / "landing")
+    shutil.copytree(landed, tmp_path, dirs_exist_ok=True)
     killed = []
     for before, stage in zip(("ingest", *STAGES), STAGES, strict=False):
         process = subprocess.Popen(
@@ -123,10 +124,10 @@ def test_the_same_digest_after_a_kill_in_every_stage(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_between_pointer_and_manifest(
-    undisturbed_home: Path, undisturbed: dict[str, object], tmp_path: Path
+    landed: Path, undisturbed_home: Path, undisturbed: dict[str, object], tmp_path: Path
 ) -> None:
     """The pointer has moved, the manifest is not written: the run finds its own release in place and ends well."""
-    _stages_of(undisturbed_home, tmp_path)
+    _stages_of(undisturbed_home, landed, tmp_path)
     process = subprocess.Popen(
         _command(), env=_env(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -158,12 +159,14 @@ def _kill_ranks(home: Path, over: Callable[[], bool]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
-def test_a_worker_s_run_on_two_ranks_that_are_killed_again_and_again(undisturbed_home: Path, tmp_path: Path) -> None:
+def test_a_worker_s_run_on_two_ranks_that_are_killed_again_and_again(
+    landed: Path, undisturbed_home: Path, tmp_path: Path
+) -> None:
     """The same digest as that of an undisturbed run of the command line."""
     sets = ("train.ranks=2", "train.max_epochs=8", "train.patience=8", "train.max_restarts=1000", "train.checkpoint_every=500ms")
     calm, hit = tmp_path / "calm", tmp_path / "hit"
     for home in (calm, hit):
-        _stages_of(undisturbed_home, home)
+        _stages_of(undisturbed_home, landed, home)
     undisturbed = _run(calm, *sets)
     port = free_port()
     assert millrace(hit, "up", "--port", str(port), PREFECT_WORKER_QUERY_SECONDS="1").code == 0

@@ -1,5 +1,6 @@
 """The pipeline with a text, by YAML alone: from names in Parquet to an endpoint that reads a name that it never saw."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ SETS = ("train.max_epochs=2", "gbdt.max_rounds=40", "gate.resamples=50", "serve.
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, Any]]:
+def names(
+    prefect_tables: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Home, dict[str, Any]]:
     """One name of six."""
-    home = Home(tmp_path_factory.mktemp("names"))
+    home = Home(prefect_tables(tmp_path_factory.mktemp("names")))
     assert millrace(home.root, "sample", "names").code == 0
     path = home.landing("names") / "names" / "names.parquet"
     table = pq.read_table(path)

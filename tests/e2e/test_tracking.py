@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -137,11 +137,11 @@ def test_tensorboard_is_told_of_curves_and_figures_once(copied_home: Home) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mlflow_mirrors_runs_and_releases_and_the_result_is_the_same(
-    tumours: tuple[Home, dict[str, Any]], tmp_path: Path
+    tumours: tuple[Home, dict[str, Any]], prefect_tables: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
-    home = tmp_path / "home"
+    home = prefect_tables(tmp_path / "home")
     assert millrace(home, "sample", "tumours").code == 0
     sets = (*QUICK, "tracking=[mlflow, tensorboard]")
     done = millrace(home, "run", "tumours", sets=sets)
