@@ -4,8 +4,11 @@ BIN := .venv/bin
 export TZ := UTC
 export PYTHONSAFEPATH := 1
 
+SLOW := slow-bench slow-runs slow-flows slow-model slow-data
+RUNS := $(addprefix tests/e2e/test_, kills.py demo.py full_data.py backfill.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop ui test test-slow test-slow-flows test-slow-parts test-all lint lock schema bench clean
+.PHONY: help setup demo stop ui test test-slow test-all $(SLOW) lint lock schema bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,15 +36,17 @@ ui: setup  ## the Prefect UI on what was run, and a worker for the schedules
 test: setup  ## the everyday tests
 	@$(BIN)/python -m pytest -m "not slow" --durations=25
 
-test-slow: test-slow-flows test-slow-parts  ## kills, scheduler, full data
+test-slow: $(SLOW)  ## kills, scheduler, full data
 
-test-slow-flows: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 tests/e2e --ignore tests/e2e/test_bench.py
+slow-bench: OF := tests/e2e/test_bench.py
+slow-runs: OF := $(RUNS)
+slow-flows: OF := tests/e2e $(addprefix --ignore ,tests/e2e/test_bench.py $(RUNS))
+slow-model: OF := tests/model
+slow-data: OF := tests/data
+$(SLOW): setup
+	@$(BIN)/python -m pytest -m slow --durations=12 $(OF)
 
-test-slow-parts: setup
-	@$(BIN)/python -m pytest -m slow --durations=12 tests/data tests/model tests/e2e/test_bench.py
-
-test-all: test-slow-flows test test-slow-parts  ## every test (with -j 2 two of the three parts at once)
+test-all: slow-bench slow-runs slow-flows test slow-model slow-data  ## every test (with -j 2 two parts at once: the long ones first)
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
