@@ -292,9 +292,9 @@ def test_sigterm_ends_a_pause_with_a_checkpoint(watch: Zygote, arrays: Path, tmp
 def test_a_capped_training_is_killed_and_ends_in_the_same_weights(
     zygote: Zygote, arrays: Path, tmp_path: Path, ranks: int, options: tuple[str, ...]
 ) -> None:
-    run(zygote, tmp_path / "calm", job(arrays, *options), ranks=ranks)
+    run(zygote, tmp_path / "calm", job(arrays, *options, epochs=2), ranks=ranks)
     hit = strike(zygote, tmp_path / "hit", [5, 40], signal.SIGKILL)
-    run(zygote, tmp_path / "hit", job(arrays, *options, CAP, every_us=1), ranks=ranks)
+    run(zygote, tmp_path / "hit", job(arrays, *options, CAP, every_us=1, epochs=2), ranks=ranks)
     hit.join()
     assert len(record(tmp_path / "hit")[0]) == 2
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
