@@ -147,6 +147,7 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return home
 
 
+@pytest.mark.slow
 def test_a_day_more_of_flights_takes_over_what_lies_before(month: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "FACTS", 2_000)
     spec = load_spec("flights")
