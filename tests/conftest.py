@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from pyarrow import fs
 
 from deploy.process import Service, free_port, start, stop
 from pipelines.flights import write_sample
-from pipelines.home import Home
+from pipelines.home import Home, process_env
 from tests.command import QUICK, millrace
 from tests.e2e.buses import Buses, make_buses
 from tests.servers import NAMES, REMOTE, NotInstalled, Server, postgres_server, redis_server, s3_server
@@ -61,13 +63,14 @@ def tumours_home(tumours: tuple[Home, dict[str, Any]]) -> Home:
 
 
 @pytest.fixture(scope="session")
-def prefect_tables(tumours_home: Home) -> Callable[[Path], Path]:
+def prefect_tables(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     """Gives a new home a Prefect database whose tables are made, which takes seconds; returns the home."""
+    made = Home(tmp_path_factory.mktemp("tables"))
+    upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    subprocess.run(upgrade, env={**os.environ, **process_env(made)}, check=True, capture_output=True)
 
     def give(home: Path) -> Path:
-        (home / "prefect").mkdir(parents=True)
-        for path in (tumours_home.root / "prefect").glob("prefect.db*"):
-            shutil.copy(path, home / "prefect")
+        shutil.copytree(made.root / "prefect", home / "prefect")
         return home
 
     return give

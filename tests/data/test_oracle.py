@@ -52,7 +52,7 @@ def old_rows_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "DAY_US", 1)
 
 
-@pytest.mark.parametrize("block", seeds(BLOCKS, 2))
+@pytest.mark.parametrize("block", seeds(BLOCKS, 1))
 def test_the_code_agrees_with_the_oracle(block: int, folder: Path) -> None:
     differences, rows = [], 0
     for seed in range(block * SIZE, (block + 1) * SIZE):

@@ -33,6 +33,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "DAY_US", 1)
 
 
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
+    folder = tmp_path_factory.mktemp("worlds")
+    return {seed: make_world(seed, folder / str(seed)) for seed in range(4_000, 4_012)}
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.parquet"))}
 
@@ -43,10 +49,9 @@ def until(world: World, known: int) -> dict[str, pa.Table]:
 
 
 @pytest.mark.usefixtures("small")
-def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) -> None:
+def test_parts_that_are_taken_over_are_those_that_would_be_made(worlds: dict[int, World], tmp_path: Path) -> None:
     taken = made = 0
-    for seed in range(4_000, 4_012):
-        world = make_world(seed, tmp_path / str(seed))
+    for seed, world in worlds.items():
         times = np.sort(np.concatenate([int_times(t[KNOWN]) for t in world.tables.values()]))
         begin = int(times[len(times) * 3 // 4])
         old, whole, grown = (tmp_path / str(seed) / name for name in ("old", "whole", "grown"))
@@ -61,10 +66,9 @@ def test_parts_that_are_taken_over_are_those_that_would_be_made(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("small")
-def test_a_part_that_a_late_fact_changes_is_made_again(tmp_path: Path) -> None:
+def test_a_part_that_a_late_fact_changes_is_made_again(worlds: dict[int, World], tmp_path: Path) -> None:
     """The base lacks a fact that was known early: no part that ends after that is taken over."""
-    for seed in range(4_000, 4_010):
-        world = make_world(seed, tmp_path / str(seed))
+    for seed, world in [*worlds.items()][:10]:
         name = max(world.tables, key=lambda n: world.tables[n].num_rows)
         table = world.tables[name]
         at = int(np.argsort(int_times(table[KNOWN]))[table.num_rows // 3])
@@ -78,10 +82,9 @@ def test_a_part_that_a_late_fact_changes_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
+def test_the_parts_together_hold_the_steps_of_the_whole(worlds: dict[int, World], tmp_path: Path) -> None:
     several = 0
-    for seed in range(4_000, 4_012):
-        world = make_world(seed, tmp_path / str(seed))
+    for seed, world in worlds.items():
         write_views(world.spec, world.tables, tmp_path / str(seed) / "f")
         facts = Facts(world.spec, world.tables)
         for name in world.spec.features.views:
@@ -94,11 +97,12 @@ def test_the_parts_together_hold_the_steps_of_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_view_that_is_built_in_ranges_of_its_keys_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_is_built_in_ranges_of_its_keys_is_the_same_file(
+    worlds: dict[int, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parts, "GROUP", 7)
     several = groups = 0
-    for seed in range(4_000, 4_008):
-        world = make_world(seed, tmp_path / str(seed))
+    for seed, world in [*worlds.items()][:8]:
         whole, ranges = (tmp_path / str(seed) / name for name in ("whole", "ranges"))
         write_views(world.spec, world.tables, whole)
         with monkeypatch.context() as some:
@@ -147,6 +151,7 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return home
 
 
+@pytest.mark.slow
 def test_a_day_more_of_flights_takes_over_what_lies_before(month: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "FACTS", 2_000)
     spec = load_spec("flights")

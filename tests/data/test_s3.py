@@ -114,6 +114,7 @@ def test_a_result_that_breaks_off_leaves_nothing(one: FeatureStore, bucket: fs.F
     assert names(bucket) == before
 
 
+@pytest.mark.slow
 def test_two_writers_append_at_once(one: FeatureStore, repo: Path) -> None:
     for writer in writers(repo, (100, 8), (200, 8)):
         assert writer.wait(timeout=60) == 0

@@ -271,7 +271,7 @@ def test_the_report_counts_what_it_landed(monthly):
 # Append-only
 
 
-@pytest.mark.parametrize("sample", ["monthly", "daily"])
+@pytest.mark.parametrize("sample", ["monthly", pytest.param("daily", marks=pytest.mark.slow)])
 def test_names_state_the_known_at_range_that_a_file_covers(sample, request):
     landing, _ = request.getfixturevalue(sample)
     for table in COLUMNS:
@@ -308,6 +308,7 @@ def test_a_later_call_only_adds_files(monthly, tmp_path):
     assert more.rows == {table: rows + more.new_rows[table] for table, rows in monthly[1].rows.items()}
 
 
+@pytest.mark.slow
 def test_monthly_and_daily_land_the_same_rows(monthly, daily):
     assert len(daily[1].files) > 20 * len(monthly[1].files)
     for table in COLUMNS:

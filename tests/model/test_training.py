@@ -160,6 +160,7 @@ def test_a_dead_zygote_is_an_error_and_the_job_resumes(zygote: Zygote, arrays: P
     assert len(launch(tmp_path, ranks=1, max_restarts=3, zygote=zygote).result.curve) == 3
 
 
+@pytest.mark.slow
 def test_zygote_and_ranks_die_with_their_parent_and_leave_a_checkpoint(zygote: Zygote, arrays: Path, tmp_path: Path) -> None:
     job(arrays).prepare(tmp_path / "hit")  # no checkpoint is due
     code = "import sys, pathlib, models.elastic as e; e.launch(pathlib.Path(sys.argv[1]), ranks=1, max_restarts=3)"
