@@ -147,12 +147,11 @@ class PowerSaver(pl.Callback):
         others that rest, for most of the time."""
         if not self.power.fewer_ranks or self.world == 1 or not self.going or self.keeper.asked:
             return
-        tally = self.energy.tally
-        worked = tally["busy_s"] if isinstance(self.energy.meter, Nvml) else time.process_time()
-        now = time.perf_counter(), worked, tally["rest_s"]
+        worked = self.energy.tally["busy_s"] if isinstance(self.energy.meter, Nvml) else time.process_time()
+        now = time.perf_counter(), worked, total(self.keeper.folder, "rest_s")
         self.since = self.since or now
         passed, worked, rest = (b - a for a, b in zip(self.since, now, strict=True))
-        if passed > WINDOWS * self.window and worked < (1 - IDLE) * passed and rest > IDLE / self.world * passed:
+        if passed > WINDOWS * self.window and worked < (1 - IDLE) * passed and rest > IDLE * passed:
             self.keeper.asked, self.keeper.code = True, FEWER
 
     def _limit(self) -> None:

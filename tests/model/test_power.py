@@ -21,7 +21,7 @@ from models.beat import Beat
 from models.data import resident
 from models.elastic import Zygote, finish, launch, submit
 from models.energy import Energy, Estimate, Nvml, Rapl, Tally, meter_of, total
-from models.job import identity
+from models.job import FEWER, identity
 from models.net import build_net
 from models.power import PowerSaver
 from models.usage import flops_per_row, matmul_peak
@@ -300,6 +300,19 @@ def test_a_capped_training_is_killed_and_ends_in_the_same_weights(
     assert_same(weights(tmp_path / "hit"), weights(tmp_path / "calm"))
     found = read_json(tmp_path / "hit" / "usage.json")
     assert found["watts"] < 5 * 1.02 and found["rest_s"] > 0
+
+
+def test_a_rank_that_only_waits_for_another_that_rests_asks_for_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.power.WINDOWS", 0.1)
+    waits, _ = saver(Power(cap_watts=5, window=500_000, fewer_ranks=True), tmp_path, 0, 2)
+    waits.going = True
+    waits._fewer()
+    time.sleep(0.1)
+    waits._fewer()
+    assert not waits.keeper.asked  # nobody rests: fewer ranks would do less
+    Tally(tmp_path / "energy-1")["rest_s"] += 10
+    waits._fewer()
+    assert waits.keeper.asked and waits.keeper.code == FEWER
 
 
 @pytest.mark.slow
