@@ -16,6 +16,7 @@ import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
@@ -433,6 +434,7 @@ def _app() -> Starlette:
     return Starlette(routes=routes, middleware=[Middleware(Unheard)], exception_handlers={HTTPException: http_error})
 
 
+sys.setswitchinterval(0.001)  # s: within which the log's thread lets an answer go on
 trim()
 hurry()
 joined()
