@@ -69,7 +69,7 @@ def test_a_rate_and_the_time_of_an_answer_are_not_measured_by_it(buses: Buses, t
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
-    def answer(body: bytes, visit: Any) -> dict[str, Any]:
+    async def answer(body: bytes, visit: Any) -> dict[str, Any]:
         jump(by)
         return {}
 
@@ -143,7 +143,7 @@ endpoint, body, told = service._worker.get(), sys.argv[2].encode(), []
 for hours in (0, 1, 0, -1, 0):
     by = hours * 3_600 * 10**9
     answer = asyncio.run(endpoint.predict(body, Visit(str(len(told)))))
-    told.append([answer["now"], answer["rows"][0], endpoint.features_at(body, Visit(""))])
+    told.append([answer["now"], answer["rows"][0], asyncio.run(endpoint.features_at(body, Visit("")))])
 endpoint.log.close()
 print(json.dumps(told))
 """
