@@ -1,7 +1,7 @@
 """What stands around a request: less of BentoML than it would put there, and what it lacks. Runs in the serving process.
 
-BentoML traces every request, also where nobody listens, and cancels none that computes: both cost more than an answer. Without
-them a request has to come in time, and no more are let in than are answered within the latency budget.
+BentoML traces every request, also where nobody listens, keeps a context of each, and cancels none that computes: that costs more
+than an answer. Without it a request has to come in time, and no more are let in than are answered within the latency budget.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 from deploy.meter import INSIDE, LIMIT, SHED, Meter
 
 log = logging.getLogger("millrace.service")
-AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware"}
+AROUND = {"OpenTelemetryMiddleware", "TimeoutMiddleware", "ContextMiddleware"}
 READ_S = 10.0  # within which the head of a request must have come, and then its body
 CONNECTIONS = 4_000  # of one worker
 FEWEST = 16  # requests that are let in at once, however slow they are

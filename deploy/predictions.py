@@ -109,7 +109,7 @@ class PredictionLog:
         """Looks by itself what has come: to wake a thread for each answer costs a tenth of the answer."""
         ending = False
         while not ending:
-            ending = self.over.wait(self.flush_s / 2)
+            ending = self.over.wait(self.flush_s * 0.7)  # the rest is to write it
             if batch := [self.waiting.popleft() for _ in range(len(self.waiting))]:
                 self._write(batch)
                 self.written += sum(len(one.rows) for one in batch)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.facts import Columns
-from features.frame import Feature, is_missing
+from features.frame import Feature
 from features.keys import codes_of, filled
 from features.tokens import Reader, Tokens, learn
 from pipelines.manifest import read_json, write_json
@@ -121,11 +121,11 @@ class Preprocess:
 
     def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
         """For each of B rows the categories whose value is not among those learned."""
-        there = [~is_missing(frame[name]) for name in self.categories]
-        return [
-            [name for i, name in enumerate(self.categories) if there[i][row] and batch.codes[row, i] == UNSEEN]
-            for row in range(len(batch))
-        ]
+        found: list[list[str]] = [[] for _ in range(len(batch))]
+        for row, i in np.argwhere(batch.codes == UNSEEN).tolist():
+            if frame[name := self.categories[i]][row] is not None:
+                found[row].append(name)
+        return found
 
     @cached_property
     def _lookups(self) -> list[dict[str, int]]:
