@@ -119,7 +119,7 @@ class Unheard:
                 raise
 
 
-# It lets others in before it computes, so that all who have come are counted; `Visit.seconds`: without the time it waited
+# It lets others in before it computes, so that all who have come are counted, and leaves in `Visit.seconds` how long it computed
 Answer = Callable[[bytes, Visit], Awaitable[dict[str, Any]]]
 
 

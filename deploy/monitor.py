@@ -91,8 +91,7 @@ def monitor(home: Home, pipeline: str) -> Monitored:
 def _tidy(home: Home, spec: Spec) -> None:
     """Makes one part of each hour of the log that is over, and removes what is too old; not while a run or an erasure goes on."""
     root = home.predictions(spec.pipeline)
-    newest = newest_hour(root) or 0
-    now = newest if spec.clock and spec.clock.kind == "data" else wall_us()
+    now = newest_hour(root) or 0 if spec.clock and spec.clock.kind == "data" else wall_us()
     with suppress(Busy), run_lock(home, spec.pipeline):
         tidy(root, now, spec.serve.log_keep)
 

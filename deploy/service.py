@@ -70,11 +70,10 @@ class Endpoint:
         self.without_until = 0.0  # the store is not asked before (monotonic)
         self.said = ""
         log_root = Path(os.environ.get("MILLRACE_PREDICTIONS") or home / "predictions" / self.spec.pipeline)
-        words = [*self.preprocess.categories, *self.preprocess.texts]
+        self.words = (*self.preprocess.categories, *self.preprocess.texts)
         services = Home(home).services(self.spec.pipeline)
         self.private = Private.of(self.spec, services / "log.key")
-        self.log = PredictionLog(log_root, self.preprocess.numbers, words, self.spec.serve.log_flush, self.private)
-        self.words = tuple(words)
+        self.log = PredictionLog(log_root, self.preprocess.numbers, self.words, self.spec.serve.log_flush, self.private)
         self.explainer = Explainer(self.model, self.preprocess)
         workers = int(os.environ.get("MILLRACE_WORKERS", "1"))
         self.meter = Meter(shared_file(services), workers, [f.name for f in self.features], [*self.spec.features.views])

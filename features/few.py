@@ -28,8 +28,6 @@ class _Table:
     """A stored view: how it is packed, what stands where it has no step, and of a sequence what its step is before."""
 
     layout: Layout
-    width: int
-    when: slice
     blank: bytes
     chain: Chain | None
 
@@ -51,8 +49,7 @@ class Few:
 
     def __init__(self, spec: Spec, stored: Sequence[Stored], layouts: Mapping[str, Layout]) -> None:
         views = spec.features.views
-        self.tables = [_Table(layout := layouts[s.name], layout.width, layout.when, _blank(s, layout), views[s.view].sequence)
-                       for s in stored]  # fmt: skip
+        self.tables = [_Table(layouts[s.name], _blank(s, layouts[s.name]), views[s.view].sequence) for s in stored]
         place: dict[tuple[str, str], int] = {}
         for s, table in zip(stored, self.tables, strict=True):
             columns = (*table.layout.times, *table.layout.numbers)
@@ -89,15 +86,14 @@ class Few:
         steps, pieces = [], []
         for i, at in enumerate(t.tolist()):
             for table, values in zip(self.tables, packed, strict=True):
-                value, width, step = values[i], table.width, -1
-                end = 4 + int.from_bytes(value[:4], "little") * width
-                if end > 4:
+                value, layout, chain, step = values[i], table.layout, table.chain, -1
+                if (end := layout.end(value)) > 4:
                     held = memoryview(value)[4:end].cast("q")
-                    chain = table.chain
-                    step = bisect_right(held[table.when], at) - 1 if chain is None else _before(
-                        table.layout, held, at, int(own[chain.order][i]), chain.within)  # fmt: skip
+                    step = bisect_right(held[layout.when], at) - 1 if chain is None else _before(
+                        layout, held, at, int(own[chain.order][i]), chain.within)  # fmt: skip
                 steps.append(step)
-                pieces.append(value[4 + step * width : 4 + (step + 1) * width] if step >= 0 else table.blank)
+                begin = 4 + step * layout.width
+                pieces.append(value[begin : begin + layout.width] if step >= 0 else table.blank)
         cells = np.frombuffer(b"".join(pieces), np.int64).reshape(len(t), -1).T
         floats = cells.T.view(np.float64).T
         made = np.empty((len(self.names), len(t)))
@@ -142,4 +138,4 @@ def _words(layout: Layout, packed: bytes, step: int) -> list[str | None]:
     """The words of a step of a packed value; −1: of none."""
     if step < 0:
         return [None] * len(layout.words)
-    return [column[step] for column in json.loads(packed[4 + int.from_bytes(packed[:4], "little") * layout.width :])]
+    return [column[step] for column in json.loads(packed[layout.end(packed) :])]

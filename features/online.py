@@ -169,7 +169,7 @@ class OnlineStore:
         if 0 < len(t) <= FEW_ROWS:
             return self._of_few(own, t, keys)
         raw = self.views_at(own, t, keys)
-        events = {s.view: raw[s.view][s.name]["_event"] for s in self.stored if s.kind == "steps" and "_event" in s.integers}
+        events = {view: raw[view][view]["_event"] for view in self.few.events}
         return derive_all(self.spec, raw, t, own), events
 
     def views_at(self, own: Columns, t: np.ndarray, keys: Keys) -> dict[str, dict[str, Columns]]:

@@ -41,6 +41,10 @@ class Layout:
         """Bytes of a packed row."""
         return self.dtype.itemsize
 
+    def end(self, packed: bytes) -> int:
+        """Where the rows of a packed value end, which begin at 4, and its words begin."""
+        return 4 + int.from_bytes(packed[:4], "little") * self.width
+
 
 def layouts(spec: Spec) -> dict[str, Layout]:
     """The packing of every view of a spec, and of its rows."""
@@ -95,14 +99,14 @@ def pack_steps(layout: Layout, steps: Steps) -> Iterator[tuple[str, bytes]]:
 
 def unpack(layout: Layout, blobs: Sequence[bytes]) -> tuple[np.ndarray, Columns]:
     """The rows of K packed values one after another: where each begins (K + 1), and their columns."""
-    width, begins, bodies = layout.width, [0], []
+    begins, bodies = [0], []
     words: dict[str, list] = {name: [] for name in layout.words}
     for blob in blobs:
-        n = int.from_bytes(blob[:4], "little")
-        begins.append(begins[-1] + n)
-        bodies.append(blob[4 : 4 + n * width])
-        if layout.words and n:
-            for name, values in zip(layout.words, json.loads(blob[4 + n * width :]), strict=True):
+        end = layout.end(blob)
+        begins.append(begins[-1] + (end - 4) // layout.width)
+        bodies.append(blob[4:end])
+        if layout.words and end > 4:
+            for name, values in zip(layout.words, json.loads(blob[end:]), strict=True):
                 words[name] += values
     rows = np.frombuffer(b"".join(bodies), layout.dtype)
     columns: Columns = {name: rows[name] for name in (*layout.times, *layout.numbers)}

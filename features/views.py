@@ -103,12 +103,10 @@ def stored_of(spec: Spec, name: str, view: View) -> list[Stored]:
     return found
 
 
-def stored_for(spec: Spec, name: str, feature: str) -> tuple[str, ...]:
-    """The stored views that a feature of a view, or of no view, is made of."""
-    if name not in spec.features.views:
-        return ()
-    made = made_of(spec, name, spec.features.views[name])[feature]
-    return tuple(dict.fromkeys(stored for stored, _ in made.of if stored != OWN))
+def stored_for(spec: Spec) -> dict[str, set[str]]:
+    """The stored views that each feature of the views is made of."""
+    every = (made for name, view in spec.features.views.items() for made in made_of(spec, name, view).items())
+    return {feature: {stored for stored, _ in made.of if stored != OWN} for feature, made in every}
 
 
 def resolution(source: Source, name: str) -> float:
@@ -236,7 +234,7 @@ def _since(newest: np.ndarray, *, t: np.ndarray, **_: Any) -> np.ndarray:
 
 def _gap(own: np.ndarray, order: np.ndarray, **_: Any) -> np.ndarray:
     there = order != MISSING
-    return np.where(there, np.where(there, own - np.where(there, order, 0), 0) / 60e6, np.nan)
+    return np.where(there, (own - np.where(there, order, 0)) / 60e6, np.nan)
 
 
 def _age(values: np.ndarray, *, t: np.ndarray, **_: Any) -> np.ndarray:

@@ -152,7 +152,7 @@ def choose(spec: Spec, proposal: Proposal, frame: Columns, label: np.ndarray, t:
         reason, why = KEPT, f"{share:.2%} of the gain of all splits, noise has {noise:.2%}"
         if feature not in strong:
             reason = "weak" if share <= noise else "over the limit"
-        elif not served.holds(proposal.spec, feature):
+        elif not served.holds(feature):
             reason, why = "not worth a view", f"{why}; {served.why}"
         found[feature.name] = Verdict(feature.name, feature.group, reason, why, round(alone[feature.name], 4), round(share, 6))
     return sorted(found.values(), key=lambda v: (not v.kept, -(v.gain or 0.0), v.feature))
@@ -163,10 +163,11 @@ class Served:
     """The stored views that are worth to be looked up at every request, and by what figures."""
 
     views: set[str]
-    why: str
+    needed: Mapping[str, set[str]]  # by feature; those of no view are not in it
+    why: str = ""
 
-    def holds(self, spec: Spec, feature: Feature) -> bool:
-        return self.views.issuperset(stored_for(spec, feature.group, feature.name))
+    def holds(self, feature: Feature) -> bool:
+        return self.views >= self.needed.get(feature.name, set())
 
 
 def fewest_views(
@@ -176,16 +177,16 @@ def fewest_views(
 
     The views that the trees gain least from go first; those that were written features need stay.
     """
-    weight, free = Counter[str](), set[str]()
+    weight, free, needed = Counter[str](), set[str](), stored_for(proposal.spec)
     for feature in features:
-        views = stored_for(proposal.spec, feature.group, feature.name)
+        views = needed.get(feature.name, set())
         free.update(views if feature.name in proposal.written else ())
         weight.update(dict.fromkeys(views, gain[feature.name]))
     order = sorted(weight.keys() - free, key=lambda view: (-weight[view], view))
 
     def losses(size: int) -> np.ndarray | None:
-        held = Served(free.union(order[:size]), "")
-        some = [f for f in features if held.holds(proposal.spec, f)]
+        held = Served(free.union(order[:size]), needed)
+        some = [f for f in features if held.holds(f)]
         return _learned(spec, some, frame, label).losses if some else None
 
     size = len(order)
@@ -196,7 +197,7 @@ def fewest_views(
             break
         size, best = int(FEWER * size), min(best, fewer, key=np.mean)
     told = f"{size + len(free)} of {len(order) + len(free)} stored views answer no worse than more of them"
-    return Served(free.union(order[:size]), told)
+    return Served(free.union(order[:size]), needed, told)
 
 
 def _cost(spec: Spec, feature: Feature) -> tuple[int, int]:

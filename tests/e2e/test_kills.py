@@ -174,10 +174,9 @@ def test_a_worker_s_run_on_two_ranks_that_are_killed_again_and_again(
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as api:
             deployment = api.get("/deployments/name/retrain/retrain-flights").json()["id"]
             parameters = {"pipeline": "flights_demo", "overrides": [*CUT, *sets]}
-            made = api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
-            while made.status_code == 503:  # SQLite is locked: Prefect's own client tries again, too
-                time.sleep(0.5)
-                made = api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+            asked = f"/deployments/{deployment}/create_flow_run"
+            while (made := api.post(asked, json={"parameters": parameters})).status_code == 503:
+                time.sleep(0.5)  # SQLite is locked: Prefect's own client tries again, too
             assert made.status_code == 201, made.text
             run = made.json()["id"]
 
