@@ -138,15 +138,16 @@ class Scorer:
         inputs = loaded.preprocess.transform(served.frame)
         refused = self._refused(rows, served)
         made, there = self._answers(inputs), refused.is_null()
-        names = loaded.preprocess.categories
-        unseen = {n: ~is_missing(served.frame[n]) & (inputs.codes[:, i] == UNSEEN) for i, n in enumerate(names)}
+        numbers, names, texts = loaded.preprocess.numbers, loaded.preprocess.categories, loaded.preprocess.texts
+        missing = {name: is_missing(served.frame[name]) for name in (*numbers, *names, *texts)}
+        unseen = {name: ~missing[name] & (inputs.codes[:, i] == UNSEEN) for i, name in enumerate(names)}
         return {
             "probability": pc.if_else(there, made["probability"], None), "decision": pc.if_else(there, made["decision"], None),
             "release": made["release"],
-            "missing": _listed({n: is_missing(v) for n, v in served.frame.items()}, len(rows)),
+            "missing": _listed(missing, len(rows)),
             "unseen": _listed(unseen, len(rows)), "stale": _listed(_stale(served, loaded.spec.serve.stale_after), len(rows)),
             "unknown_entity": pa.array(served.looked.unknown),
-            "outside_horizon": pa.array(outside_horizon(loaded.spec, served.looked.own, now)),
+            "outside_horizon": pa.array(outside_horizon(loaded.spec, served.looked.own, now), pa.bool_()),
             "refused": refused,
         }  # fmt: skip
 

@@ -29,6 +29,7 @@ def trim() -> None:
         log.warning("this BentoML is not known: requests cost more than they need")
         return
     unwanted = AROUND - ({"OpenTelemetryMiddleware"} if os.environ.get("MILLRACE_TRACING") else set())
+    logging.getLogger("uvicorn.access").propagate = False  # the root's level lets nothing through: no line is made for it then
     kept = property(lambda factory: [m for m in whole(factory) if getattr(m.cls, "__name__", "") not in unwanted])
     app.ServiceAppFactory.middlewares = kept
 
@@ -95,6 +96,11 @@ class _Joined:
         """As the transport, after what is kept."""
         self.flush()
         self.transport.close()
+
+
+def has_come(receive: Any) -> bool:
+    """Whether the body of a request is there as a whole, so that to read it waits for nobody; False where that is not known."""
+    return not getattr(getattr(receive, "__self__", None), "more_body", True)  # uvicorn's
 
 
 def eager() -> None:

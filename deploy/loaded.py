@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from features.facts import Columns
@@ -39,11 +38,9 @@ class Loaded:
                    Model.load(bundle), feature_list(spec))  # fmt: skip
 
 
-def outside_horizon(spec: Spec, own: Columns, now: int) -> np.ndarray:
-    """Which rows (bool, B) are not asked about at `now`: their time is unknown or farther from it than the tolerance."""
+def outside_horizon(spec: Spec, own: Columns, now: int) -> list[bool]:
+    """Which of B rows are not asked about at `now`: their time is unknown or farther from it than the tolerance."""
     at = spec.predict_at
     if at is None:
-        return np.zeros(len(next(iter(own.values()))), bool)
-    due = own[at.column]
-    missing = due == MISSING
-    return missing | (np.abs(np.where(missing, 0, due) - at.lead - now) > at.tolerance)
+        return [False] * len(next(iter(own.values())))
+    return [due == MISSING or abs(due - at.lead - now) > at.tolerance for due in own[at.column].tolist()]

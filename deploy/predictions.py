@@ -131,7 +131,7 @@ class PredictionLog:
             self.sequence += 1
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                pq.write_table(self._table(some), scratch, write_statistics=False)
+                pq.write_table(self._table(some), scratch, write_statistics=False, use_dictionary=False)  # it is compacted
                 sync(scratch)
                 scratch.replace(path)
                 sync(path.parent)
@@ -159,6 +159,4 @@ class PredictionLog:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
 
-def as_json(value: object) -> str:
-    """Compact JSON."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # compact

@@ -115,7 +115,7 @@ def _object(body: bytes, name: str, optional: tuple[str, ...]) -> dict[str, Any]
     if len(body) > MAX_BYTES:
         raise BadRequest(413, f"the body has {len(body):,} bytes; at most {MAX_BYTES:,} are taken: send fewer rows")
     try:
-        value = json.loads(body, parse_constant=_constant, object_pairs_hook=_once)
+        value = _DECODE(body.decode(json.detect_encoding(body)))
     except (ValueError, RecursionError) as error:
         raise BadRequest(400, f"the body is not JSON ({str(error)[:80]}); send {{\"{name}\": [{{…}}]}}") from None
     if not isinstance(value, dict) or {*value} - {*optional} != {name} or not isinstance(value[name], list):
@@ -135,6 +135,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> NoReturn:
     raise BadRequest(422, f"{name} is not a number that can be answered; leave the field out if it is unknown")
+
+
+_DECODE = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_once).decode
 
 
 def typed_row(where: str, row: object, fields: dict[str, Field]) -> dict[str, Any]:
@@ -157,6 +160,9 @@ _WANTED = {
     "string": "text", "text": "text", "int64": "whole number", "float64": "number", "bool": "true or false",
     "timestamp": "time such as \"2013-12-30T12:00:00Z\"",
 }  # fmt: skip
+_FITS: dict[str, tuple[type, ...]] = {
+    "string": (str,), "text": (str,), "int64": (int,), "float64": (int, float), "bool": (bool,), "timestamp": (),
+}  # fmt: skip
 
 
 def _value(where: str, value: object, kind: str) -> Any:
@@ -170,22 +176,14 @@ def _value(where: str, value: object, kind: str) -> Any:
         if not EARLIEST <= at <= LATEST:
             raise BadRequest(422, f"{where} is out of range; send a time in the years 2 to 9998")
         return at
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {
-        "string": isinstance(value, str),
-        "text": isinstance(value, str),
-        "int64": number and isinstance(value, int),
-        "float64": number,
-        "bool": isinstance(value, bool),
-        "timestamp": False,
-    }[kind]
-    if not fits:
+    if not isinstance(value, _FITS[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise BadRequest(422, f"{where} is {_kind(value)}; send a {_WANTED[kind]}")
-    if number and not (abs(value) < 2**63 and math.isfinite(value)):  # type: ignore[arg-type]
+    if isinstance(value, str):
+        longest = longest_of(kind)
+        if len(value) > longest or _NOT_TEXT.search(value):
+            raise BadRequest(422, f"{where} is longer than {longest:,} characters, or holds a control or a half character")
+    elif isinstance(value, int | float) and not (abs(value) < 2**63 and math.isfinite(value)):
         raise BadRequest(422, f"{where} is out of range; send a finite number")
-    longest = longest_of(kind)
-    if isinstance(value, str) and (len(value) > longest or _NOT_TEXT.search(value)):
-        raise BadRequest(422, f"{where} is longer than {longest:,} characters, or holds a control or a half character")
     return value
 
 

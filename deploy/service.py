@@ -18,21 +18,23 @@ import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Awaitable, Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import Any, TypeVar  # noqa: E402
 
 import bentoml  # noqa: E402
 import numpy as np  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
-from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
+from starlette.types import Receive, Scope, Send  # noqa: E402
 
 from deploy.contents import unlike  # noqa: E402
-from deploy.front import Front, Unheard, Visit, answered, http_error, page, refusal  # noqa: E402
+from deploy.front import Front, Straight, Visit, answered, http_error, page, refusal  # noqa: E402
 from deploy.lean import Door, eager, hurry, joined, trim  # noqa: E402
 from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, READY, UNKNOWN, Meter, head, shared_file  # noqa: E402
@@ -43,7 +45,6 @@ from deploy.together import Together  # noqa: E402
 from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
-from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, anchor_of, serve_features  # noqa: E402
 from features.preprocess import Batch  # noqa: E402
 from models.explain import Explained, Explainer  # noqa: E402
@@ -55,6 +56,18 @@ log = logging.getLogger("millrace.service")
 T = TypeVar("T")
 STORE_S, ALONE_S = 1.0, 2.0  # how long a store's server is waited for, and left alone after that
 EXAMPLE_S = 60.0  # how long a row is shown as the example, until another is looked for
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Of some rows: what the model reads, probabilities, features without a value, categories that training did not know, and
+    why where that is asked."""
+
+    batch: Batch
+    scores: list[float]
+    missing: list[list[str]]
+    unseen: list[list[str]]
+    shares: Explained | None
 
 
 class Endpoint:
@@ -109,19 +122,17 @@ class Endpoint:
         rows, now, at = request.rows, served.now, time.perf_counter()
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        batch, scores, unseen, shares = self._scored(served.frame, request.explain, at)
+        scored = self._scored(served.frame, request.explain, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for i, row in enumerate(rows):
             answer = {
                 "key": self._key(row),
-                **self._answer(float(scores[i])),
-                "missing": served.missing(i),
-                "unseen": unseen[i],
+                **self._answer(scored, i),
                 "stale": served.stale(i, stale_after),
                 "unknown_entity": bool(served.looked.unknown[i]),
-                "outside_horizon": bool(outside[i]),
+                "outside_horizon": outside[i],
             }
             answers.append(answer)
             given = {k: v for k, v in row.items() if k not in self.spec.row_key}
@@ -129,19 +140,19 @@ class Endpoint:
                      "snapshot": None if down or self.private.hides(given) else served.looked.snapshot,
                      "pushed": served.looked.pushed}  # fmt: skip
             entries.append((answer, extra))
-        self._log("predict", visit.id, now, began, batch, served.frame, entries)
+        self._log("predict", visit.id, now, began, scored.batch, served.frame, entries)
         self._count(answers)
-        self._explain(answers, shares, request.explain, served.frame)
+        self._explain(answers, scored.shares, request.explain, served.frame)
         return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}
 
-    def _scored(self, frame: Columns, explain: int, at: float) -> tuple[Batch, np.ndarray, list[list[str]], Explained | None]:
-        """Inputs, probabilities, unknown categories, and why where that is asked. `at`: when it begins, for the metrics."""
+    def _scored(self, frame: Columns, explain: int, at: float) -> _Scored:
+        """`at`: when it begins, for the metrics."""
         batch = self.preprocess.transform(frame)
         self.meter.took("preprocess", -at + (at := time.perf_counter()))
-        scores = self.model.predict(batch)
+        scores = self.model.predict(batch).tolist()
         self.meter.took("model", time.perf_counter() - at)
         shares = self.explainer.explain(batch) if explain else None
-        return batch, scores, self.preprocess.unseen(frame, batch), shares
+        return _Scored(batch, scores, *self.preprocess.unknown(frame, batch), shares)
 
     def _count(self, answers: list[dict[str, Any]]) -> None:
         meter = self.meter
@@ -206,17 +217,13 @@ class Endpoint:
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        batch, scores, unseen, shares = self._scored(frame, request.explain, at)
+        scored = self._scored(frame, request.explain, at)
         now = self.now_us()
-        answers = [
-            {**self._answer(float(s)), "missing": [n for n, v in frame.items() if is_missing(v[i : i + 1])[0]],
-             "unseen": unseen[i]}
-            for i, s in enumerate(scores)
-        ]  # fmt: skip
+        answers = [self._answer(scored, i) for i in range(len(request.rows))]
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
-        self._log("predict_features", visit.id, now, began, batch, frame, entries)
+        self._log("predict_features", visit.id, now, began, scored.batch, frame, entries)
         self._count(answers)
-        self._explain(answers, shares, request.explain, frame)
+        self._explain(answers, scored.shares, request.explain, frame)
         return {**self._head(visit.id, now), "rows": answers}
 
     async def features_at(self, body: bytes, visit: Visit) -> dict[str, Any]:
@@ -288,15 +295,17 @@ class Endpoint:
     def _head(self, request_id: str, now: int) -> dict[str, Any]:
         return {"request_id": request_id, "release": self.release, "now": iso(now) if self.spec.timed else None}
 
-    def _answer(self, score: float) -> dict[str, Any]:
-        return {"probability": score, "decision": score >= self.spec.serve.threshold}
+    def _answer(self, scored: _Scored, row: int) -> dict[str, Any]:
+        score = scored.scores[row]
+        return {"probability": score, "decision": score >= self.spec.serve.threshold, "missing": scored.missing[row],
+                "unseen": scored.unseen[row]}  # fmt: skip
 
     def _key(self, row: dict[str, Any]) -> dict[str, Any]:
         return {n: _shown(row[n], self.key_fields[n].type) for n in self.spec.row_key}
 
     def _refuse_closed(self, rows: list[dict[str, Any]], served: Served) -> None:
-        closed = np.flatnonzero(served.looked.closed_at <= served.now)
-        if len(closed):
+        if (due := served.looked.closed_at <= served.now).any():
+            closed = np.flatnonzero(due)
             keys = [self._key(rows[i]) for i in closed[:5].tolist()]
             raise BadRequest(409, "already_closed: " + "; ".join(
                 f"{as_json(k)} was closed at {iso(int(served.looked.closed_at[i]))}"
@@ -382,15 +391,19 @@ class _Worker:
 _worker = _Worker()
 
 
-def _route(answer: Callable[[Endpoint, bytes, Visit], Any], name: str) -> Callable[[Request], Any]:
-    async def handle(request: Request) -> Response:
+class _Post:
+    """A route that answers bodies, as an ASGI application."""
+
+    def __init__(self, answer: Callable[[Endpoint, bytes, Visit], Awaitable[dict[str, Any]]], name: str) -> None:
+        self.answer, self.name = answer, name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             endpoint = _worker.get()
+            response = await answered(endpoint.front, scope, receive, partial(self.answer, endpoint), self.name)
         except MillraceError as error:
-            return refusal(BadRequest(503, str(error)), {})
-        return await answered(endpoint.front, request, lambda body, visit: answer(endpoint, body, visit), name)
-
-    return handle
+            response = refusal(BadRequest(503, str(error)), {})
+        await response(scope, receive, send)
 
 
 def _told(tell: Callable[[Endpoint], Response]) -> Callable[[Request], Any]:
@@ -399,7 +412,7 @@ def _told(tell: Callable[[Endpoint], Response]) -> Callable[[Request], Any]:
     async def handle(request: Request) -> Response:
         try:
             endpoint = _worker.get()
-            endpoint.front.admit(request, Visit.of(request))
+            endpoint.front.admit(request.scope, Visit.of(request.scope))
             return tell(endpoint)
         except BadRequest as error:
             return refusal(error, {})
@@ -407,6 +420,10 @@ def _told(tell: Callable[[Endpoint], Response]) -> Callable[[Request], Any]:
             return refusal(BadRequest(503, str(error)), {})
 
     return handle
+
+
+POSTS = {f"/{name}": _Post(answer, name) for name, answer in (("predict", Endpoint.predict),
+                                                              ("predict_features", Endpoint.predict_features))}  # fmt: skip
 
 
 def _app() -> Starlette:
@@ -418,8 +435,7 @@ def _app() -> Starlette:
 
     openapi = _told(lambda endpoint: JSONResponse(endpoint.openapi()))
     routes = [
-        Route("/predict", _route(Endpoint.predict, "predict"), methods=["POST"]),
-        Route("/predict_features", _route(Endpoint.predict_features, "predict_features"), methods=["POST"]),
+        *(Route(path, post, methods=["POST"]) for path, post in POSTS.items()),  # for what is no POST
         Route("/info", _told(lambda endpoint: JSONResponse(endpoint.info()))),
         Route("/metrics", _told(lambda endpoint: Response(endpoint.metrics(), media_type="text/plain; version=0.0.4"))),
         *(Route(path, openapi) for path in ("/openapi.json", "/docs.json")),
@@ -427,10 +443,10 @@ def _app() -> Starlette:
     ]
     if os.environ.get("MILLRACE_PREFLIGHT"):
         routes += [
-            Route("/preflight/features", _route(Endpoint.features_at, "preflight"), methods=["POST"]),
+            Route("/preflight/features", _Post(Endpoint.features_at, "preflight"), methods=["POST"]),
             Route("/preflight/modules", modules),
         ]
-    return Starlette(routes=routes, middleware=[Middleware(Unheard)], exception_handlers={HTTPException: http_error})
+    return Starlette(routes=routes, exception_handlers={HTTPException: http_error})
 
 
 sys.setswitchinterval(0.001)  # s: within which the log's thread lets an answer go on
@@ -465,3 +481,6 @@ class Millrace:
     def stop(self) -> None:
         if _worker.made is not None:
             _worker.made.log.close()
+
+
+Millrace.add_asgi_middleware(Straight, posts=POSTS)  # type: ignore[attr-defined]  # of what `service` makes of it

@@ -261,15 +261,6 @@ class Served:
         some = replace(looked, own=own, of_views={}, unknown=unknown, closed_at=closed, events=events)
         return Served(self.now, {n: v[rows] for n, v in self.frame.items()}, some)
 
-    def missing(self, row: int) -> list[str]:
-        """Features without a value."""
-        found = []
-        for name, values in self.frame.items():
-            value = values[row]
-            if value is None or value != value or (values.dtype.kind == "i" and value == MISSING):
-                found.append(name)
-        return found
-
     def stale(self, row: int, after: int | None) -> list[str]:
         """Latest views with a ttl whose newest fact is older than `after` (µs), or too old to count."""
         if after is None:

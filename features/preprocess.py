@@ -119,13 +119,22 @@ class Preprocess:
         scaled = np.concatenate([np.where(missing, 0.0, scaled), missing[:, list(self.may_miss)]], axis=1)
         return Batch(numbers, codes, scaled.astype(np.float32), tokens)
 
-    def unseen(self, frame: Columns, batch: Batch) -> list[list[str]]:
-        """For each of B rows the categories whose value is not among those learned."""
-        found: list[list[str]] = [[] for _ in range(len(batch))]
-        for row, i in np.argwhere(batch.codes == UNSEEN).tolist():
-            if frame[name := self.categories[i]][row] is not None:
-                found[row].append(name)
-        return found
+    def unknown(self, frame: Columns, batch: Batch) -> tuple[list[list[str]], list[list[str]]]:
+        """For each of B rows the features without a value (numbers, then categories and texts), and the categories whose value
+        is not among those learned."""
+        missing: list[list[str]] = [[] for _ in range(len(batch))]
+        unseen: list[list[str]] = [[] for _ in range(len(batch))]
+        for row, i in zip(*(places.tolist() for places in np.isnan(batch.numbers).nonzero()), strict=True):
+            missing[row].append(self.numbers[i])
+        for row, codes in enumerate(batch.codes.tolist()):
+            for name, code in zip(self.categories, codes, strict=True):
+                if code == UNSEEN:
+                    (missing if frame[name][row] is None else unseen)[row].append(name)
+        for name in self.texts:
+            for row, value in enumerate(frame[name].tolist()):
+                if value is None:
+                    missing[row].append(name)
+        return missing, unseen
 
     @cached_property
     def _lookups(self) -> list[dict[str, int]]:

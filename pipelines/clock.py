@@ -12,7 +12,7 @@ DAY_US = 86_400 * US
 NEVER = 2**62  # later than every time a fact can have
 MISSING = -(2**63)  # how an int64 time says "none" (numpy's NaT)
 _UNITS = {"us": 1, "ms": 1_000, "s": US, "m": 60 * US, "h": 3_600 * US, "d": 86_400 * US}
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH, _EPOCH_UTC = datetime(1970, 1, 1), datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def wall_us() -> int:
@@ -68,13 +68,12 @@ def parse_time(text: str | int) -> int:
         if moment != moment.replace(hour=0, minute=0, second=0, microsecond=0) or "T" in text:
             raise ValueError(f"{text!r} has no time zone: write '{text}Z' if it is UTC")
         moment = moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // timedelta(microseconds=1)
+    return (moment - _EPOCH_UTC) // timedelta(microseconds=1)
 
 
 def iso(us: int) -> str:
     """ISO 8601 text in UTC, with as many decimals as it needs."""
-    moment = _EPOCH + timedelta(microseconds=us)
-    return moment.replace(tzinfo=None).isoformat() + "Z"  # strftime gives years before 1000 fewer digits
+    return (_EPOCH + timedelta(microseconds=us)).isoformat() + "Z"  # strftime gives years before 1000 fewer digits
 
 
 @dataclass(frozen=True)

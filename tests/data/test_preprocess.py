@@ -41,7 +41,7 @@ def test_what_is_missing_or_was_not_seen_is_told(frame: Columns) -> None:
     fitted = fit(frame, TRAIN, FEATURES)
     asked = {"x": np.array([np.nan, 5.0]), "y": np.array([0.0, np.nan]), "c": np.array(["seldom", None], object)}
     batch = fitted.transform(asked)
-    assert batch.codes.tolist() == [[0], [0]] and fitted.unseen(asked, batch) == [["c"], []]
+    assert batch.codes.tolist() == [[0], [0]] and fitted.unknown(asked, batch) == ([["x"], ["y", "c"]], [["c"], []])
     assert fitted.may_miss == (0,) and batch.scaled[:, 2].tolist() == [1.0, 0.0]
     assert batch.scaled[0, 0] == batch.scaled[1, 1] == 0.0
 

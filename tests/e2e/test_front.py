@@ -22,12 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
-from deploy.front import Front, answered, page
+from deploy.front import Front, Straight, answered, page
 from deploy.keys import Keys, hashed, keys_file, make_key, read_keys, revoke_key
 from deploy.lean import FEWEST, Door
 from deploy.meter import INSIDE, LIMIT, PID, READY, Meter, shared_file
@@ -274,10 +272,11 @@ def client(front: Front, answer: Any = None) -> TestClient:
     async def told(body: bytes, visit: Any) -> dict[str, Any]:
         return {"id": visit.id, "who": visit.who}
 
-    async def handle(request: Request) -> Response:
-        return await answered(front, request, answer or told, "predict")
+    async def post(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await answered(front, scope, receive, answer or told, "predict")
+        await response(scope, receive, send)
 
-    return TestClient(Starlette(routes=[Route("/predict", handle, methods=["POST"])]))
+    return TestClient(Straight(Starlette(), {"/predict": post}))
 
 
 def front_of(buses: Buses, root: Path, **rules: Any) -> Front:

@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
-from deploy.lean import AROUND, FEWEST, Door
+from deploy.front import read
+from deploy.lean import AROUND, FEWEST, Door, has_come
 from deploy.process import Service, call
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
 from tests.e2e.raw_http import received, request
@@ -206,6 +212,33 @@ def test_head_and_body_of_an_answer_are_sent_at_once() -> None:
     assert done.stdout.strip() == "[2, 1, 1, 5, 2] [1, 1, 1, 4, 1]"
 
 
+def test_a_body_that_is_there_is_not_waited_for() -> None:
+    """Uvicorn says so; where it no longer does, a time limit is set for each body, which costs a little."""
+    said = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        said.append(has_come(receive))
+        said.append(await read(scope, receive))
+        await Response()(scope, receive, send)
+
+    async def main() -> None:
+        config = uvicorn.Config(app, lifespan="off", log_level="error")
+        config.load()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: HttpToolsProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+        for parts in ([head + b"abc"], [head, b"ab", b"c"]):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(0.1)
+            assert (await received(reader))[0] == 200
+            writer.close()
+
+    asyncio.run(main())
+    assert said == [True, b"abc", False, b"abc"]
+
+
 @pytest.mark.parametrize(("tracing", "expected"), [("", set()), ("1", {"OpenTelemetryMiddleware"})])
 def test_bentoml_s_application_is_as_we_know_it(buses: Buses, tracing: str, expected: set[str]) -> None:
     """The property that is trimmed is there, and what is taken out of it was in it."""
@@ -220,3 +253,4 @@ def test_bentoml_s_application_is_as_we_know_it(buses: Buses, tracing: str, expe
     assert done.returncode == 0, done.stderr[-2_000:]
     whole, kept = ({*eval(part)} for part in done.stdout.strip().splitlines()[-1].split("|"))
     assert whole >= AROUND and whole - kept == AROUND - expected and kept & AROUND == expected
+    assert "Straight" in kept
