@@ -1,4 +1,4 @@
-"""Drives a challenger through shadow and canary to champion, or takes it back. Whoever kills it: typed again, it goes on.
+"""Drives a challenger through shadow and canary to champion, or takes it back. Whoever kills it: its deputy goes on.
 
 The release log says where the challenger stands and `live.reconcile` makes it so; a step begins anew where it was watched
 by nobody.
@@ -7,6 +7,7 @@ by nobody.
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from deploy.deputy import deputy
 from deploy.guard import Seen, Side, figures, higher_than, log_losses, reasons
 from deploy.live import NotReady, Role, cut_off, endpoints, kill, memory_mb, place_of, promote_now, reconcile, serving
 from deploy.loaded import Loaded
@@ -29,7 +31,7 @@ from deploy.stages import CANARY, CHALLENGER, CHAMPION, SHADOW, Stage, under_way
 from features.facts import Columns
 from features.frame import as_array
 from pipelines.clock import parse_time, wall_us
-from pipelines.errors import MillraceError, Refused, UsageError
+from pipelines.errors import Busy, MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
 from pipelines.predlog import FEATURE, WHOLE, complete
@@ -81,12 +83,22 @@ class LogTail:
         return sorted(found)
 
 
-def roll_out(home: Home, spec: Spec, *, tell: Tell) -> Rolled:
-    """Brings the release on its way to its end. Raises MillraceError where none is, or no proxy serves the pipeline."""
+def roll_out(home: Home, spec: Spec, *, tell: Tell, replaced: bool = False) -> Rolled:
+    """Brings the release on its way to its end; waits for that where another process does it.
+
+    `replaced`: a deputy goes on if this process is killed. Raises MillraceError where none is on its way, or no proxy serves
+    the pipeline.
+    """
     rules, pipeline = spec.serve.rollout, spec.pipeline
     if rules is None:
         raise UsageError(f"{pipeline} has no rollout: write serve: {{rollout: {{}}}}, or add --set serve.rollout={{}}")
-    with lock(home.lock(f"rollout-{pipeline}"), what=f"a rollout of {pipeline}"):
+    held, what = home.lock(f"rollout-{pipeline}"), f"a rollout of {pipeline}"
+    try:
+        with lock(held, what=what):
+            pass
+    except Busy:
+        tell(f"{what} goes on in another process: its end is waited for")
+    with lock(held, what=what, wait=True):
         settle(home, pipeline)
         coming, told = under_way(stages_of(home, pipeline)), serving(home, pipeline)
         if told is None:
@@ -95,7 +107,8 @@ def roll_out(home: Home, spec: Spec, *, tell: Tell) -> Rolled:
             return _left(home, spec)
         traffic = Traffic(told.log_port)
         try:
-            return _Driver(home, spec, rules, traffic, tell).run(coming.release)
+            with deputy(home, spec) if replaced else nullcontext():
+                return _Driver(home, spec, rules, traffic, tell).run(coming.release)
         finally:
             traffic.close()
 
@@ -134,7 +147,7 @@ class _Driver:
                     self._take_back(stage, "; ".join(why), seen)
                 else:
                     self._go_on(stage, seen)
-            except NotReady as error:
+            except NotReady as error:  # the challenger's: reconcile says of the champion's what it is
                 self._take_back(stage, f"start: {error}", Seen())
         reconcile(self.home, self.pipeline)
         return _ended(self.home, self.spec, release)
@@ -176,7 +189,9 @@ class _Driver:
         """Why it has to go, nothing when its step is over; None when the log says something else by now."""
         began, told, guard = time.monotonic(), serving(self.home, self.pipeline), self.rules.guard
         lasts = (self.rules.shadow if stage.state == SHADOW else self.rules.step) / 1e6
-        champion, challenger = self._services(stage)
+        if (found := self._services(stage)) is None:
+            return None
+        champion, challenger = found
         self.shadow_log = LogTail(Path(challenger.log).parent / "shadow") if stage.state == SHADOW else None
         self.log.take()
         self.traffic.take()
@@ -213,13 +228,16 @@ class _Driver:
                 waits = time.monotonic() + max(lasts, 10.0)
                 self.tell(f"{stage.release}: {now.words}, {count:,} answers; a step takes {guard.min_requests}")
 
-    def _services(self, stage: Stage) -> tuple[Service, Service]:
-        """The endpoints of champion and challenger."""
+    def _services(self, stage: Stage) -> tuple[Service, Service] | None:
+        """The endpoints of champion and challenger; None where the champion's has died, which the next turn starts again.
+        Raises NotReady where the challenger's has."""
         told, runs = serving(self.home, self.pipeline), endpoints(self.home, self.pipeline)
         found = []
         for name, shadow in ((stage.parent, False), (stage.release, stage.state == SHADOW)):
             role = Role(find_release(self.home, self.pipeline, name), 0, shadow)
             slot = place_of(runs, role, told.offset_us if told else 0)
+            if not slot and name == stage.parent:
+                return None
             if not slot:
                 raise NotReady(f"no endpoint of {name} runs")
             found.append(runs[slot])

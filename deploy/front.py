@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.keys import REFUSED, Keys, keys_file
-from deploy.lean import READ_S, Door, has_come
+from deploy.lean import READ_S, Door, has_come, tied
 from deploy.meter import Meter
 from deploy.requests import MAX_BYTES, BadRequest
 from pipelines.clock import iso, wall_us
@@ -114,6 +114,8 @@ class Straight:
         self.app, self.posts = app, posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            tied()
         post = self.posts.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         try:
             await (post or self.app)(scope, receive, send)

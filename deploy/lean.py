@@ -4,8 +4,10 @@ BentoML traces every request, also where nobody listens, keeps a context of each
 than an answer. Without it a request has to come in time, and no more are let in than are answered within the latency budget.
 """
 
+import ctypes
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -96,6 +98,13 @@ class _Joined:
         """As the transport, after what is kept."""
         self.flush()
         self.transport.close()
+
+
+def tied() -> None:
+    """Ends this worker when BentoML's own process is killed: it would answer on for ever, known to nobody. To be called by its
+    main thread, with which the kernel would forget it."""
+    with suppress(AttributeError, OSError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def has_come(receive: Any) -> bool:

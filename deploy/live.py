@@ -156,13 +156,15 @@ def reconcile(home: Home, pipeline: str) -> None:
             return
         settle(home, pipeline)
         roles = wanted(home, pipeline)
-        held, failed = {_hold(home, pipeline, told, roles[0]): roles[0]}, None
+        slot, service = _hold(home, pipeline, told, roles[0])
+        held, runs, failed = {slot: roles[0]}, {slot: service}, None
         for role in roles[1:]:
             try:
-                held[_hold(home, pipeline, told, role)] = role
+                slot, runs[slot] = _hold(home, pipeline, told, role)
+                held[slot] = role
             except MillraceError as error:
                 failed, held = NotReady(str(error)), {slot: replace(r, share=100) for slot, r in held.items()}
-        _turn(home, pipeline, told, held)
+        _turn(home, pipeline, told, held, runs)
         _admin(home, pipeline, told, roles[0].release)
         if failed:
             raise failed
@@ -219,21 +221,19 @@ def kill(home: Home, pipeline: str, release: str) -> None:
             stop(service, grace_s=0)
 
 
-def _hold(home: Home, pipeline: str, told: Serving, role: Role) -> str:
-    """The slot in which an endpoint for the role is ready."""
+def _hold(home: Home, pipeline: str, told: Serving, role: Role) -> tuple[str, Service]:
+    """The slot in which an endpoint for the role is ready, and that endpoint."""
     runs = endpoints(home, pipeline)
     slot = place_of(runs, role, told.offset_us)
     if slot:
-        wait_until_ready(runs[slot])
-        return slot
+        return slot, wait_until_ready(runs[slot])
     free = next((s for s in SLOTS if s not in runs), "")
     if not free:  # a champion, a canary and a shadow of before leave one
         raise MillraceError(f"all endpoints of {pipeline} are taken ({', '.join(s.release for s in runs.values())})")
-    _start(home, pipeline, told, role, free)
-    return free
+    return free, _start(home, pipeline, told, role, free)
 
 
-def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> None:
+def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> Service:
     name = slot_name(pipeline, slot)
     folder = home.services(name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -244,8 +244,8 @@ def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> N
     if role.shadow:
         extra |= {"MILLRACE_PREDICTIONS": str(folder / "shadow"), "MILLRACE_WORKERS": "1",
                   "MILLRACE_RULES": json.dumps({"api_keys": False, "rate_limit": 0.0})}  # fmt: skip
-    start(home, bento_folder(home, role.release), port=free_port(), release=role.release.release, log=folder / "endpoint.log",
-          extra=extra, name=name, shadow=role.shadow)  # fmt: skip
+    return start(home, bento_folder(home, role.release), port=free_port(), release=role.release.release,
+                 log=folder / "endpoint.log", extra=extra, name=name, shadow=role.shadow)  # fmt: skip
 
 
 def _end(home: Home, pipeline: str, slot: str) -> None:
@@ -256,9 +256,10 @@ def _end(home: Home, pipeline: str, slot: str) -> None:
     shutil.rmtree(folder / "shadow", ignore_errors=True)
 
 
-def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role]) -> None:
-    """Brings the traffic to those who hold a role, and ends all others."""
-    proxy, runs = Proxy(home, pipeline), endpoints(home, pipeline)
+def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role], runs: dict[str, Service]) -> None:
+    """Brings the traffic to those who hold a role, and ends all others. One that has died since is the proxy's and the
+    driver's to see."""
+    proxy = Proxy(home, pipeline)
     asked = {slot: role for slot, role in held.items() if not role.shadow}
     places = {slot: Place(runs[slot].port, role.share) for slot, role in asked.items()}
     proxy.write(places, port=told.port, log_port=told.log_port, sticky=told.sticky)  # before: what a new proxy begins with

@@ -444,7 +444,7 @@ def _rolled_out(home: Home, spec: Spec) -> Answer:
     from deploy.canary import roll_out
     from deploy.tracking import mirror
 
-    found = roll_out(home, spec, tell=partial(print, file=sys.stderr, flush=True))
+    found = roll_out(home, spec, tell=partial(print, file=sys.stderr, flush=True), replaced=True)
     note = mirror(home, spec.pipeline, spec.tracking)
     report, code = str(home.root / found.report), 0 if found.outcome == "promoted" else 3
     text = "\n".join(filter(None, (found.line, f"report: {report}", note)))

@@ -18,7 +18,7 @@ def prove(pipeline: str) -> Rolled | None:
     home, spec = open_home(), load_spec(pipeline)
     if under_way(stages_of(home, spec.pipeline)) is None:
         return None
-    found = roll_out(home, spec, tell=partial(print, flush=True))
+    found = roll_out(home, spec, tell=partial(print, flush=True), replaced=True)
     mirror(home, spec.pipeline, spec.tracking)
     return found
 

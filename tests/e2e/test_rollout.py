@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -20,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import deploy.live
 from deploy.canary import Rolled, compare, roll_out
 from deploy.guard import Seen, reasons
 from deploy.live import endpoints, promote_now, roll_back
-from deploy.process import call
+from deploy.process import Service, call
 from deploy.proxy import MISSING, installed
 from deploy.rollout import (
     Release,
@@ -50,6 +53,7 @@ from pipelines.spec import Guard, Spec, View
 from tasks.rollout import go_back
 from tests.command import millrace
 from tests.e2e.buses import EVERY, NOW, Buses, trip_at
+from tests.e2e.prefect_server import wait_for
 from tests.e2e.releases import Asked, Load, by_steps, challenged_by, make_release
 from tests.servers import NotInstalled
 
@@ -333,6 +337,87 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
     homes = [p for p in psutil.process_iter(["cmdline"]) if f"{live.home.root}/bentoml/" in " ".join(p.info["cmdline"] or [])]
     assert left.release == new.release and left.pid in {p.pid for p in homes}
     assert {p.pid for p in homes} <= {left.pid, *(p.pid for p in psutil.Process(left.pid).children(recursive=True))}
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_challenger_that_dies_as_soon_as_it_is_ready_is_taken_back(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = champion(live.home, "buses"), challenged_by(live.home, make_release(live.buses, shift=0.005))
+    begin = deploy.live.start
+
+    def start_and_kill(*args: Any, **told: Any) -> Service:
+        service = begin(*args, **told)
+        if service.release == new.release:
+            os.kill(service.pid, signal.SIGKILL)
+            wait_for(lambda: not service.alive(), 10, "its end")
+        return service
+
+    monkeypatch.setattr(deploy.live, "start", start_and_kill)
+    done = live.roll(shadow="0s")
+    assert done.outcome == "retired" and done.why == f"start: no endpoint of {new.release} runs"
+    assert champion(live.home, "buses") == old and old is not None and live.asks() == old.release
+
+
+DRIVES = """
+import sys
+from deploy.canary import roll_out
+from pipelines.home import Home
+from pipelines.spec import Spec
+from pathlib import Path
+
+home, spec = Home(Path(sys.argv[1])), Spec.model_validate_json(Path(sys.argv[2]).read_text())
+print(roll_out(home, spec, tell=print, replaced=True).line)
+"""
+
+
+def ready(service: Service) -> bool:
+    try:
+        with urllib.request.urlopen(f"{service.url}/readyz", timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def deputies(home: Home) -> list[psutil.Process]:
+    """Those that wait in a home, or drive."""
+    every = (p for p in psutil.process_iter(["cmdline"]) if "deploy.deputy" in (p.info["cmdline"] or []))
+    return [p for p in every if p.environ().get("MILLRACE_HOME") == str(home.root)]
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
+def test_a_challenger_whose_controller_was_killed_is_still_watched(live: Live) -> None:
+    """The deputy takes it back when it dies, and those who type the command again are told so."""
+    old = champion(live.home, "buses")
+    assert old is not None
+    new = challenged_by(live.home, make_release(live.buses, shift=0.004))
+    told = live.home.root.parent / "patient.json"
+    rules = {**FAST, "shadow": "0s", "canary": [20], "step": "5m"}
+    told.write_text(by_steps(live.buses.spec, **rules).model_dump_json(by_alias=True))
+    with Load(live.port, 20) as load:
+        driver = subprocess.Popen([sys.executable, "-c", DRIVES, str(live.home.root), str(told)], cwd=ROOT,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        wait_for(lambda: stages_of(live.home, "buses")[new.release].state == "canary", 60, "a canary")
+        first = deputies(live.home)
+        driver.kill()
+        driver.wait()
+        now = wait_for(lambda: two if len(two := deputies(live.home)) == 2 else [], 30, "a deputy that drives, and its own")
+        assert {*first} < {*now} and stages_of(live.home, "buses")[new.release].state == "canary"
+        killed = set[int]()
+        while stages_of(live.home, "buses")[new.release].state == "canary":  # a driver that begins starts what is missing
+            for one in endpoints(live.home, "buses").values():
+                if one.release == new.release and one.alive() and ready(one):
+                    os.kill(one.pid, signal.SIGKILL)
+                    killed.add(one.pid)
+            time.sleep(0.1)
+        done = live.roll()
+    assert done.outcome == "retired" and killed
+    assert re.match("crash: its endpoint died|start: (the endpoint of .* did not become|no endpoint of)", done.why), done.why
+    bad = f"{live.home.root}/bentoml/bentos/{new.release.replace(':', '/')}"
+    wait_for(lambda: not [p for p in psutil.process_iter(["cmdline"]) if bad in (p.info["cmdline"] or [])], 15, "no worker left")
+    assert champion(live.home, "buses") == old and live.asks() == old.release
+    wait_for(lambda: not deputies(live.home), 30, "none that is left over")
+    assert sum(a.lost or a.release != old.release for a in load.asked) <= 0.3 * len(load.asked)
 
 
 @pytest.mark.slow
