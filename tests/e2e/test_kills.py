@@ -143,13 +143,13 @@ def test_killed_between_pointer_and_manifest(
 
 
 def _kill_ranks(home: Path, over: Callable[[], bool]) -> int:
-    """kill -9 of a random rank of whatever trains in a home, twelve times or until it is over; how many were hit."""
+    """kill -9 of a random rank of whatever trains in a home, six times or until it is over; how many were hit."""
     rng, hit = random.Random(3), 0
     while not over():
         with suppress(psutil.Error):
             training = [p for p in psutil.process_iter(["cmdline", "environ"]) if "models.supervisor" in (p.info["cmdline"] or ())
                         and (p.info["environ"] or {}).get("MILLRACE_HOME") == str(home)]  # fmt: skip
-            if hit < 12 and (ranks := [p for p in training if p.ppid() in {other.pid for other in training}]):
+            if hit < 6 and (ranks := [p for p in training if p.ppid() in {other.pid for other in training}]):
                 time.sleep(rng.uniform(0.3, 1.5))
                 rng.choice(ranks).kill()
                 hit += 1
