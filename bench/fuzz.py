@@ -163,9 +163,9 @@ def main() -> None:
             document = call(f"{service.url}/openapi.json")[1]["components"]["schemas"]
             GOOD["/predict_features"] = document["AskedFeatures"]["examples"][0]["rows"][0]
             before = call(f"{service.url}/predict", row)[1]["rows"]
-            asyncio.run(fuzz.run(count // 4))
+            asyncio.run(fuzz.run(count // 2))
             first = held(service)
-            asyncio.run(fuzz.run(count - count // 4))
+            asyncio.run(fuzz.run(count - count // 2))
             late = asyncio.run(fuzz.slowloris(slow))
             tested, findings = by_schema(service.url, examples) if find_spec("schemathesis") else (0, [])
             last = held(service)

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipelines.manifest import lock, read_json, write_json
 from pipelines.spec import Spec
 
 log = logging.getLogger("millrace.live")
+SLOT = "MILLRACE_SLOT"  # in the environment of an endpoint: which one it is
 RULES = ("access_log", "api_keys", "rate_limit")  # of `serve`: they hold from the next `millrace serve`, for any release
 
 
@@ -238,7 +240,7 @@ def _start(home: Home, pipeline: str, told: Serving, role: Role, slot: str) -> S
     folder = home.services(name)
     shutil.rmtree(folder, ignore_errors=True)
     extra = {"MILLRACE_CLOCK_OFFSET_US": str(told.offset_us), "MILLRACE_WORKERS": str(told.workers),
-             "MILLRACE_RULES": told.rules}  # fmt: skip
+             "MILLRACE_RULES": told.rules, SLOT: name}  # fmt: skip
     if told.store:
         extra["MILLRACE_ONLINE"] = str(store_of(home, pipeline, role.release, told.store))
     if role.shadow:
@@ -272,6 +274,20 @@ def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role], runs:
     for slot in SLOTS:
         if slot not in held:
             _end(home, pipeline, slot)
+    for stray in _strays(home, pipeline):
+        stray.terminate()
+
+
+def _strays(home: Home, pipeline: str) -> list[psutil.Process]:
+    """Endpoints that nobody remembers: who started them was killed before he could write them down."""
+    names, known, found = {slot_name(pipeline, slot) for slot in SLOTS}, {s.pid for s in endpoints(home, pipeline).values()}, []
+    for process in psutil.process_iter(["cmdline"]):
+        if {"bentoml", "serve"} <= {*(process.info["cmdline"] or ())} and process.pid not in known:
+            with suppress(psutil.Error):  # it has ended, or is somebody else's
+                env = process.environ()
+                if env.get(SLOT) in names and env.get("MILLRACE_HOME") == str(home.root):
+                    found.append(process)
+    return found
 
 
 def _admin(home: Home, pipeline: str, told: Serving, release: Release) -> None:

@@ -341,6 +341,24 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
 
 @pytest.mark.slow
 @pytest.mark.haproxy
+def test_an_endpoint_that_nobody_remembers_is_ended(live: Live) -> None:
+    """Who started it was killed before he could write it down."""
+    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)", "bentoml", "serve"]
+    env = {**os.environ, "MILLRACE_HOME": str(live.home.root)}
+    stray, other = (subprocess.Popen(command, env={**env, "MILLRACE_SLOT": name}, stdout=subprocess.PIPE)
+                    for name in ("buses.c", "trams.c"))  # fmt: skip
+    try:
+        assert all(process.stdout and process.stdout.readline() == b"up\n" for process in (stray, other))
+        known = live.asks()
+        deploy.live.reconcile(live.home, "buses")
+        assert stray.wait(10) == -signal.SIGTERM and other.poll() is None and live.asks() == known
+    finally:
+        stray.kill()
+        other.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.haproxy
 def test_a_challenger_that_dies_as_soon_as_it_is_ready_is_taken_back(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = champion(live.home, "buses"), challenged_by(live.home, make_release(live.buses, shift=0.005))
     begin = deploy.live.start
