@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import lightgbm as lgb
 import numpy as np
-import onnxruntime as ort
 
 from models.calibrate import Calibration, sigmoid
 from models.served import read_served
@@ -19,6 +17,7 @@ from pipelines.errors import MillraceError
 from pipelines.manifest import read_json
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
     from scipy.sparse import csr_array
 
     from features.preprocess import Batch
@@ -32,8 +31,10 @@ class Scorer(Protocol):
     def logit(self, batch: "Batch") -> np.ndarray: ...
 
 
-def one_thread(path: Path) -> ort.InferenceSession:
+def one_thread(path: Path) -> "ort.InferenceSession":
     """A session of ONNX Runtime on the CPU."""
+    import onnxruntime as ort  # as LightGBM below only where a model needs it: BentoML's parent process imports this module too
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
@@ -82,6 +83,8 @@ class TreeScorer:
     """A LightGBM booster, one thread."""
 
     def __init__(self, path: Path) -> None:
+        import lightgbm as lgb
+
         self._booster = lgb.Booster(model_str=path.read_text(encoding="utf-8"))
 
     def logit(self, batch: "Batch") -> np.ndarray:
