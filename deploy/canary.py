@@ -236,9 +236,9 @@ class _Driver:
         for name, shadow in ((stage.parent, False), (stage.release, stage.state == SHADOW)):
             role = Role(find_release(self.home, self.pipeline, name), 0, shadow)
             slot = place_of(runs, role, told.offset_us if told else 0)
-            if not slot and name == stage.parent:
-                return None
             if not slot:
+                if name == stage.parent:
+                    return None
                 raise NotReady(f"no endpoint of {name} runs")
             found.append(runs[slot])
         return found[0], found[1]

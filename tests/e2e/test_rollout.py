@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -140,6 +141,12 @@ class Live:
 
     def roll(self, **rules: Any) -> Rolled:
         return roll_out(self.home, by_steps(self.buses.spec, **FAST | rules), tell=print)
+
+    def told(self, **rules: Any) -> Path:
+        """A file with the spec of a rollout, for another process."""
+        path = self.home.root.parent / "spec.json"
+        path.write_text(by_steps(self.buses.spec, **FAST | rules).model_dump_json(by_alias=True))
+        return path
 
     def asks(self) -> str:
         """The release that answers now."""
@@ -319,9 +326,7 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
     old = champion(live.home, "buses")
     assert old is not None
     new = challenged_by(live.home, make_release(live.buses, shift=0.002))
-    rules = {**FAST, "shadow": "0s", "canary": [20], "step": "500ms", "guard": Guard(min_requests=2)}
-    told = live.home.root.parent / "spec.json"
-    told.write_text(by_steps(live.buses.spec, **rules).model_dump_json(by_alias=True))
+    told = live.told(shadow="0s", canary=[20], step="500ms", guard=Guard(min_requests=2))
     with Load(live.port, 40) as load:
         done = subprocess.run([sys.executable, "-c", KILLED, str(live.home.root), str(told)], cwd=ROOT, capture_output=True,
                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=150)  # fmt: skip
@@ -398,8 +403,9 @@ def ready(service: Service) -> bool:
 
 def deputies(home: Home) -> list[psutil.Process]:
     """Those that wait in a home, or drive."""
-    every = (p for p in psutil.process_iter(["cmdline"]) if "deploy.deputy" in (p.info["cmdline"] or []))
-    return [p for p in every if p.environ().get("MILLRACE_HOME") == str(home.root)]
+    every = psutil.process_iter(["cmdline", "environ"])  # None of one that has ended meanwhile
+    return [p for p in every if "deploy.deputy" in (p.info["cmdline"] or [])
+            and (p.info["environ"] or {}).get("MILLRACE_HOME") == str(home.root)]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -409,9 +415,7 @@ def test_a_challenger_whose_controller_was_killed_is_still_watched(live: Live) -
     old = champion(live.home, "buses")
     assert old is not None
     new = challenged_by(live.home, make_release(live.buses, shift=0.004))
-    told = live.home.root.parent / "patient.json"
-    rules = {**FAST, "shadow": "0s", "canary": [20], "step": "5m"}
-    told.write_text(by_steps(live.buses.spec, **rules).model_dump_json(by_alias=True))
+    told = live.told(shadow="0s", canary=[20], step="5m")
     with Load(live.port, 20) as load:
         driver = subprocess.Popen([sys.executable, "-c", DRIVES, str(live.home.root), str(told)], cwd=ROOT,
                                   env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
@@ -425,8 +429,9 @@ def test_a_challenger_whose_controller_was_killed_is_still_watched(live: Live) -
         while stages_of(live.home, "buses")[new.release].state == "canary":  # a driver that begins starts what is missing
             for one in endpoints(live.home, "buses").values():
                 if one.release == new.release and one.alive() and ready(one):
-                    os.kill(one.pid, signal.SIGKILL)
-                    killed.add(one.pid)
+                    with suppress(ProcessLookupError):  # it has been taken back
+                        os.kill(one.pid, signal.SIGKILL)
+                        killed.add(one.pid)
             time.sleep(0.1)
         done = live.roll()
     assert done.outcome == "retired" and killed
