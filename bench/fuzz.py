@@ -5,7 +5,7 @@ knows HTTP as well: broken and doubled JSON, numbers beyond all, deep and huge v
 and headers, wrong lengths and chunks, pipelines, connections that are half closed, cut or slow, and thousands of keys at once.
 
 Figures: `requests`; `server_errors` (a status from 500 on; 503 with a sentence is documented); `leaks` (a body that shows a
-trace, path or address; a file, thread or 20 MB of memory more than after the first quarter); `no_answer` (the connection ended
+trace, path or address; a file, thread or 20 MB of memory more than after the first half); `no_answer` (the connection ended
 without one, where the request was whole); `schema_findings` (what schemathesis says of answers that are not as documented);
 `rss_growth_mb`; `alive`: a good request gets the same answer as before. `statuses` by kind are in the rows.
 """

@@ -8,8 +8,8 @@ with all that it puts around a route, by LitServe and by MLflow's scoring server
 Figures: at `rps` requests a second for `seconds`: `p50_ms`, `p99_ms`, `shed_share` (told to come again) with as many `workers` as
 there are cores (`serve.workers`), and of `one_worker`, as all comparisons are; `cpu_ms` a request of each server, and
 `cpu_ratio_vs` each; `cpu_ratio_vs_fastapi_ort` (both running, median of twenty rounds in turn of two seconds);
-`max_rps_under_50ms` (largest rate of those tried whose p99 is below, nothing shed); `ready_s`; `rss_growth_mb` over `requests`;
-`equal` (the answers of all, bit for bit); `not_installed`: peers that are not here.
+`max_rps_under_50ms` (largest rate whose p99 is below with nothing shed, at one of two tries); `ready_s`; `rss_growth_mb` over
+`requests`; `equal` (the answers of all, bit for bit); `not_installed`: peers that are not here.
 """
 
 import asyncio
@@ -162,11 +162,16 @@ def in_turn(ours: tuple[int, int], other: tuple[int, int], sent: list[bytes], ro
 
 
 def fastest(port: int, sent: list[bytes], quick: bool) -> int:
-    """The largest rate, in steps of 50, whose p99 stays below 50 ms with nothing shed."""
+    """The largest rate, in steps of 50, whose p99 stays below 50 ms with nothing shed, at the second try if not at the first:
+    a machine that halts for a tenth of a second says nothing of a rate."""
+
+    def held(rate: int) -> bool:
+        found = load(port, sent, rate, 1 if quick else 8)
+        return found["p99_ms"] <= 50 and not found["shed_share"]
+
     best = 0
     for rate in range(50, 2_000, 400 if quick else 50):
-        found = load(port, sent, rate, 1 if quick else 8)
-        if found["p99_ms"] > 50 or found["shed_share"]:
+        if not any(held(rate) for _ in range(2)):
             break
         best = rate
     return best

@@ -38,10 +38,9 @@ from deploy.tables import (  # noqa: E402
     open_source,
     values_of,
 )
-from features.frame import is_missing  # noqa: E402
 from features.online import OnlineStore, Served, serve_features  # noqa: E402
-from features.preprocess import UNSEEN, Batch  # noqa: E402
-from pipelines.clock import MISSING, iso  # noqa: E402
+from features.preprocess import Batch  # noqa: E402
+from pipelines.clock import iso  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
 
 WRITTEN = 131_072  # rows of a row group of what is written
@@ -138,14 +137,12 @@ class Scorer:
         inputs = loaded.preprocess.transform(served.frame)
         refused = self._refused(rows, served)
         made, there = self._answers(inputs), refused.is_null()
-        numbers, names, texts = loaded.preprocess.numbers, loaded.preprocess.categories, loaded.preprocess.texts
-        missing = {name: is_missing(served.frame[name]) for name in (*numbers, *names, *texts)}
-        unseen = {name: ~missing[name] & (inputs.codes[:, i] == UNSEEN) for i, name in enumerate(names)}
+        missing, unseen = loaded.preprocess.unknown(served.frame, inputs)
         return {
             "probability": pc.if_else(there, made["probability"], None), "decision": pc.if_else(there, made["decision"], None),
             "release": made["release"],
-            "missing": _listed(missing, len(rows)),
-            "unseen": _listed(unseen, len(rows)), "stale": _listed(_stale(served, loaded.spec.serve.stale_after), len(rows)),
+            "missing": pa.array(missing, TEXTS), "unseen": pa.array(unseen, TEXTS),
+            "stale": pa.array([served.stale(i, loaded.spec.serve.stale_after) for i in range(len(rows))], TEXTS),
             "unknown_entity": pa.array(served.looked.unknown),
             "outside_horizon": pa.array(outside_horizon(loaded.spec, served.looked.own, now), pa.bool_()),
             "refused": refused,
@@ -171,20 +168,6 @@ class Scorer:
 def _open(raw: pa.NativeFile) -> pq.ParquetFile:
     """Reads row groups piece by piece, whatever their size, and their checksums where there are some."""
     return pq.ParquetFile(raw, pre_buffer=False, buffer_size=BUFFER, page_checksum_verification=True)
-
-
-def _stale(served: Served, after: int | None) -> dict[str, np.ndarray]:
-    """`Served.stale` of all rows: of each view that may be, which rows are (bool, B)."""
-    events = {name: e for name, e in served.looked.events.items() if name in served.looked.aging}
-    return {} if after is None else {name: (e != MISSING) & (served.now - e > after) for name, e in events.items()}
-
-
-def _listed(masks: Mapping[str, np.ndarray], rows: int) -> pa.Array:
-    """For each row (B) the names whose mask is true there."""
-    mask = np.stack([*masks.values()], 1) if masks else np.zeros((rows, 0), bool)
-    offsets = np.append(0, np.cumsum(mask.sum(1))).astype(np.int32)
-    words = pa.array([*masks], pa.string()).take(pa.array(np.nonzero(mask)[1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), words)
 
 
 def _write(scored: Iterator[tuple[pa.Table, Counts]], path: Path, part: Part) -> Counts:

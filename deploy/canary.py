@@ -31,7 +31,7 @@ from deploy.stages import CANARY, CHALLENGER, CHAMPION, SHADOW, Stage, under_way
 from features.facts import Columns
 from features.frame import as_array
 from pipelines.clock import parse_time, wall_us
-from pipelines.errors import Busy, MillraceError, Refused, UsageError
+from pipelines.errors import MillraceError, Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import lock
 from pipelines.predlog import FEATURE, WHOLE, complete
@@ -92,13 +92,7 @@ def roll_out(home: Home, spec: Spec, *, tell: Tell, replaced: bool = False) -> R
     rules, pipeline = spec.serve.rollout, spec.pipeline
     if rules is None:
         raise UsageError(f"{pipeline} has no rollout: write serve: {{rollout: {{}}}}, or add --set serve.rollout={{}}")
-    held, what = home.lock(f"rollout-{pipeline}"), f"a rollout of {pipeline}"
-    try:
-        with lock(held, what=what):
-            pass
-    except Busy:
-        tell(f"{what} goes on in another process: its end is waited for")
-    with lock(held, what=what, wait=True):
+    with lock(home.lock(f"rollout-{pipeline}"), what=f"a rollout of {pipeline}", wait=True, tell=tell):
         settle(home, pipeline)
         coming, told = under_way(stages_of(home, pipeline)), serving(home, pipeline)
         if told is None:

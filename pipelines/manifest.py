@@ -121,18 +121,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def lock(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
-    """Holds an exclusive file lock; raises MillraceError naming `what` if another process has it."""
+def lock(path: Path, *, what: str, wait: bool = False, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds an exclusive file lock. Where another process has it: raises Busy naming `what`, or tells so and waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            raise Busy(
-                f"{what} is already running (process {file.read().strip() or 'unknown'}); "
-                "wait until it ends, or stop it, and type the command again"
-            ) from None
+            if not wait:
+                file.seek(0)
+                raise Busy(
+                    f"{what} is already running (process {file.read().strip() or 'unknown'}); "
+                    "wait until it ends, or stop it, and type the command again"
+                ) from None
+            if tell is not None:
+                tell(f"{what} goes on in another process: its end is waited for")
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
