@@ -151,7 +151,8 @@ def test_train_loop(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_ddp(tmp_path: Path) -> None:
     figures = run("ddp", tmp_path)["figures"]
-    assert figures["weights_max_abs_diff"] < 1e-4 and figures["efficiency_2"] > 0 and figures["ratio_to_handwritten_ddp"] > 0
+    # sums round otherwise on each kind of processor: less than a step of AdamW (3e-3); other batches would be 4e-2 apart
+    assert figures["weights_max_abs_diff"] < 3e-3 and figures["efficiency_2"] > 0 and figures["ratio_to_handwritten_ddp"] > 0
     assert figures["prediction"] is True and figures["fit_error"] < 1
     two, four, many = (figures["predicted_efficiency"][n] for n in ("2", "4", "64"))
     assert 1 > two > four > many > 0
