@@ -4,18 +4,19 @@
 takes raw features. One code path after the look-up. `/info` says what answers, `/openapi.json` how to ask; `/` is for people.
 """
 
+import os
 from pathlib import Path
 
 import deploy.imports
 
 SRC = Path(__file__).resolve().parents[1]
 deploy.imports.install(SRC)
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # read once, by pyarrow: its own keeps 40 MB after a flood
 
 import asyncio  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
-import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Awaitable, Callable  # noqa: E402
