@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,15 +27,21 @@ def test_check_says_what_would_be_proposed(tmp_path: Path) -> None:
     assert "features: auto proposes 996 (" in done.out and " window of arrivals, " in done.out
 
 
-@pytest.mark.slow
-def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(
-    prefect_tables: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    millrace(prefect_tables(tmp_path), "sample", "tumours")
-    first = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
+@pytest.fixture(scope="module")
+def whole(prefect_tables: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A home with an undisturbed run, and what it answered."""
+    home = prefect_tables(tmp_path_factory.mktemp("auto") / "whole")
+    millrace(home, "sample", "tumours")
+    first = millrace(home, "run", "tumours", "--json", sets=AUTO)
     assert first.code == 0 and first.answer["outcome"] == "promoted", first.err
-    home = open_home(tmp_path)
-    folder = home.runs("tumours") / first.answer["run_id"]
+    return home, first.answer
+
+
+@pytest.mark.slow
+def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(whole: tuple[Path, dict[str, Any]]) -> None:
+    place, first = whole
+    home = open_home(place)
+    folder = home.runs("tumours") / first["run_id"]
     manifest = read_json(folder / "manifest.json")
     chosen = home.root / manifest["stage_paths"]["autofe"]
     verdicts = read_json(chosen / "chosen.json")["verdicts"]
@@ -50,18 +57,16 @@ def test_a_run_releases_the_features_it_chose_and_is_unchanged_when_repeated(
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert 'id="proposed"' in report and all(f"<code>{v['feature']}</code>" in report for v in verdicts)
 
-    again = millrace(tmp_path, "run", "tumours", "--json", sets=AUTO)
-    assert again.answer["outcome"] == "unchanged" and again.answer["result_digest"] == first.answer["result_digest"]
+    again = millrace(place, "run", "tumours", "--json", sets=AUTO)
+    assert again.answer["outcome"] == "unchanged" and again.answer["result_digest"] == first["result_digest"]
 
 
 @pytest.mark.slow
 def test_a_run_killed_while_it_chooses_goes_on_and_ends_with_the_same_digest(
-    prefect_tables: Callable[[Path], Path], tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], prefect_tables: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    for name in ("whole", "killed"):
-        millrace(prefect_tables(tmp_path / name), "sample", "tumours")
-    whole = millrace(tmp_path / "whole", "run", "tumours", "--json", sets=AUTO)
-    home = tmp_path / "killed"
+    home = prefect_tables(tmp_path / "killed")
+    millrace(home, "sample", "tumours")
     process = subprocess.Popen(command("run", "tumours", sets=AUTO), env=environment(home), cwd=ROOT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 120
@@ -72,5 +77,5 @@ def test_a_run_killed_while_it_chooses_goes_on_and_ends_with_the_same_digest(
     assert left == [] and list(home.glob("runs/tumours/*/inputs.json")) and not list(home.glob("runs/tumours/*/manifest.json"))
     again = millrace(home, "run", "tumours", "--json", sets=AUTO)
     assert again.code == 0 and again.answer["outcome"] == "promoted", again.err
-    assert (again.answer["result_digest"], again.answer["run_id"]) == (whole.answer["result_digest"], whole.answer["run_id"])
+    assert (again.answer["result_digest"], again.answer["run_id"]) == (whole[1]["result_digest"], whole[1]["run_id"])
     assert not list(home.glob("artifacts/autofe/.*"))

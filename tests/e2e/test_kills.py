@@ -143,13 +143,13 @@ def test_killed_between_pointer_and_manifest(
 
 
 def _kill_ranks(home: Path, over: Callable[[], bool]) -> int:
-    """kill -9 of a random rank of whatever trains in a home, six times or until it is over; how many were hit."""
+    """kill -9 of a random rank of whatever trains in a home, four times or until it is over; how many were hit."""
     rng, hit = random.Random(3), 0
     while not over():
         with suppress(psutil.Error):
             training = [p for p in psutil.process_iter(["cmdline", "environ"]) if "models.supervisor" in (p.info["cmdline"] or ())
                         and (p.info["environ"] or {}).get("MILLRACE_HOME") == str(home)]  # fmt: skip
-            if hit < 6 and (ranks := [p for p in training if p.ppid() in {other.pid for other in training}]):
+            if hit < 4 and (ranks := [p for p in training if p.ppid() in {other.pid for other in training}]):
                 time.sleep(rng.uniform(0.3, 1.5))
                 rng.choice(ranks).kill()
                 hit += 1
@@ -163,7 +163,7 @@ def test_a_worker_s_run_on_two_ranks_that_are_killed_again_and_again(
     landed: Path, undisturbed_home: Path, tmp_path: Path
 ) -> None:
     """The same digest as that of an undisturbed run of the command line."""
-    sets = ("train.ranks=2", "train.max_epochs=8", "train.patience=8", "train.max_restarts=1000", "train.checkpoint_every=500ms")
+    sets = ("train.ranks=2", "train.max_epochs=5", "train.patience=5", "train.max_restarts=1000", "train.checkpoint_every=500ms")
     calm, hit = tmp_path / "calm", tmp_path / "hit"
     for home in (calm, hit):
         _stages_of(undisturbed_home, landed, home)

@@ -186,7 +186,7 @@ def test_any_encoder_is_trained_exported_and_checkpointed(
 def test_large_encoders_are_trained_and_served(
     zygote: Zygote, tmp_path: Path, sizes: dict[str, int], millions: int
 ) -> None:  # fmt: skip
-    data = write_small(tmp_path / "set", rows=260, text=True)
+    data = write_small(tmp_path / "set", rows=130, text=True)
     job = wanted(tmp_path, data, encoder={"model_type": "bert", **sizes}, max_epochs=1, batch_size=16, learning_rate=1e-5)
     found = run(zygote, tmp_path / "job", job)
     assert found.parameters > millions * 1e6 and found.log_loss is not None
