@@ -33,6 +33,7 @@ LAST = NEVER  # a number that no event has
 KEPT_US = 30 * DAY_US  # how long a pushed event is kept, and its id known
 COPIES = 5  # attempts to copy a store in one state
 WAIT_S = 30.0  # for an answer of a server
+LONG_S = 600.0  # for a statement of Postgres that may go through the whole store, or wait for another writer
 PAUSE_S = 0.005  # at most, of a writer to a server
 PUSHED = "pushed"  # in the meta: number of the last event that the cells know
 
@@ -613,9 +614,9 @@ class PostgresCells:
                     )
                     self._insert(db, [cell for cell in some if cell[2] is not None], self.REPLACE)
             fresh, meta = _numbered(new, held, self.seen([e.id for e in new.events]))
-            with db.cursor() as cursor:
-                rows = [(self.name, e.number, e.id, e.source, e.row, e.wall_us) for e in fresh]
-                cursor.executemany("INSERT INTO millrace_events VALUES (%s, %s, %s, %s, %s, %s)", rows)
+            if rows := [(self.name, e.number, e.id, e.source, e.row, e.wall_us) for e in fresh]:
+                with db.cursor() as cursor:
+                    cursor.executemany("INSERT INTO millrace_events VALUES (%s, %s, %s, %s, %s, %s)", rows)
             db.execute("DELETE FROM millrace_events WHERE store = %s AND wall_us < %s", (self.name, wall_us() - KEPT_US))
             upsert = "INSERT INTO millrace_meta VALUES (%s, %s) ON CONFLICT (store) DO UPDATE SET meta = excluded.meta"
             db.execute(upsert, (self.name, Jsonb({**held, **meta})))
@@ -646,7 +647,7 @@ class PostgresCells:
         import psycopg
 
         try:
-            with psycopg.connect(self.url, connect_timeout=5) as db:
+            with _bounded(psycopg.Connection, LONG_S).connect(self.url, connect_timeout=5) as db:
                 db.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (self.name,))
                 db.execute(self.TABLES)
                 yield db
@@ -679,7 +680,7 @@ class PostgresCells:
 
         patient = self.wait_s == WAIT_S
         limit = "" if patient else f"-c statement_timeout={self.wait_s * 1e3:.0f}"
-        kind = psycopg.Connection if patient else _bounded(psycopg.Connection, self.wait_s)
+        kind = _bounded(psycopg.Connection, LONG_S if patient else self.wait_s)
         db = kind.connect(self.url, connect_timeout=5, autocommit=True, options=limit or None)
         db.execute(self.PLAN)
         return db

@@ -374,3 +374,27 @@ def test_a_server_that_takes_questions_and_says_nothing_is_not_waited_for(kind: 
             assert 0.15 < time.monotonic() - began < 1.2
         line.open.set()
         assert look(cells) == before
+
+
+@pytest.mark.postgres
+def test_a_writer_gives_up_a_server_that_says_nothing(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of a feed: nothing of it is written, and the next one is not kept out."""
+    monkeypatch.setattr("features.cells.LONG_S", 1.0)
+    with valve(postgres.port) as line:
+        place = f"{postgres.url.replace(str(postgres.port), str(line.port))}#test/{next(NAMES)}"
+        fill(place, "m")
+        before = look(open_cells(place))
+
+        def shut() -> Iterator[Change]:
+            yield from (("one", str(i), b"new") for i in range(5_000))
+            line.open.clear()
+
+        began = time.monotonic()
+        with pytest.raises(StoreDown, match=rf"{line.port}.* does not answer \(no answer within 1 s\)"):
+            writable_cells(place).feed(lambda held: Update({"mark": "new"}, shut()))
+        with pytest.raises(StoreDown, match=f"{line.port}.* does not answer"):
+            open_cells(place).keys("one")
+        assert time.monotonic() - began < 10
+        line.open.set()
+        assert look(open_cells(place)) == before
+        assert fill(place, "n") and look(open_cells(place))[0] == "n"
