@@ -39,6 +39,7 @@ from pipelines.spec import Spec
 
 log = logging.getLogger("millrace.live")
 SLOT = "MILLRACE_SLOT"  # in the environment of an endpoint: which one it is
+WORKER = "_bentoml_impl.worker.service"  # the module that BentoML runs a worker by
 RULES = ("access_log", "api_keys", "rate_limit")  # of `serve`: they hold from the next `millrace serve`, for any release
 
 
@@ -279,10 +280,13 @@ def _turn(home: Home, pipeline: str, told: Serving, held: dict[str, Role], runs:
 
 
 def _strays(home: Home, pipeline: str) -> list[psutil.Process]:
-    """Endpoints that nobody remembers: who started them was killed before he could write them down."""
+    """Endpoints that nobody remembers: who started them was killed before he could write them down. And workers whose endpoint
+    was killed as it started them, before they were tied to it."""
     names, known, found = {slot_name(pipeline, slot) for slot in SLOTS}, {s.pid for s in endpoints(home, pipeline).values()}, []
-    for process in psutil.process_iter(["cmdline"]):
-        if {"bentoml", "serve"} <= {*(process.info["cmdline"] or ())} and process.pid not in known:
+    every = [(process, {*(process.info["cmdline"] or ())}) for process in psutil.process_iter(["cmdline", "ppid"])]
+    serving = {process.pid for process, words in every if {"bentoml", "serve"} <= words}
+    for process, words in every:
+        if process.pid in serving - known or (WORKER in words and process.info["ppid"] not in serving):
             with suppress(psutil.Error):  # it has ended, or is somebody else's
                 env = process.environ()
                 if env.get(SLOT) in names and env.get("MILLRACE_HOME") == str(home.root):

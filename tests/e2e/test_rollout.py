@@ -346,15 +346,17 @@ def test_a_controller_that_is_killed_at_every_turn_still_comes_to_the_end(live: 
 
 @pytest.mark.slow
 @pytest.mark.haproxy
-def test_an_endpoint_that_nobody_remembers_is_ended(live: Live) -> None:
-    """Who started it was killed before he could write it down."""
-    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)", "bentoml", "serve"]
+@pytest.mark.parametrize("words", [("bentoml", "serve"), (deploy.live.WORKER,)])
+def test_an_endpoint_that_nobody_remembers_is_ended(live: Live, words: tuple[str, ...]) -> None:
+    """Who started it was killed before he could write it down; or it was, as it started this worker."""
+    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)", *words]
     env = {**os.environ, "MILLRACE_HOME": str(live.home.root)}
     stray, other = (subprocess.Popen(command, env={**env, "MILLRACE_SLOT": name}, stdout=subprocess.PIPE)
                     for name in ("buses.c", "trams.c"))  # fmt: skip
     try:
         assert all(process.stdout and process.stdout.readline() == b"up\n" for process in (stray, other))
-        known = live.asks()
+        known, (kept,) = live.asks(), endpoints(live.home, "buses").values()
+        assert any(deploy.live.WORKER in p.cmdline() for p in psutil.Process(kept.pid).children(recursive=True))
         deploy.live.reconcile(live.home, "buses")
         assert stray.wait(10) == -signal.SIGTERM and other.poll() is None and live.asks() == known
     finally:
