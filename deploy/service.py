@@ -20,6 +20,7 @@ import logging  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Awaitable, Callable  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
@@ -41,14 +42,14 @@ from deploy.loaded import Loaded, outside_horizon  # noqa: E402
 from deploy.meter import DROPPED, EXPLAINED, OUTSIDE, READY, UNKNOWN, Meter, head, shared_file  # noqa: E402
 from deploy.openapi import document  # noqa: E402
 from deploy.predictions import Answered, PredictionLog, Private, as_json  # noqa: E402
-from deploy.requests import Asked, BadRequest, asked, feature_fields, key_fields  # noqa: E402
+from deploy.requests import Asked, BadRequest, Field, asked, feature_fields, key_fields  # noqa: E402
 from deploy.together import Together  # noqa: E402
 from deploy.warm import example, stand_in  # noqa: E402
 from features.cells import PUSHED, StoreDown  # noqa: E402
 from features.facts import Columns  # noqa: E402
 from features.online import OnlineStore, Served, anchor_of, serve_features  # noqa: E402
 from features.preprocess import Batch  # noqa: E402
-from models.explain import Explained, Explainer  # noqa: E402
+from models.explain import Explainer  # noqa: E402
 from pipelines.clock import MISSING, Anchor, Clock, iso, wall_us  # noqa: E402
 from pipelines.errors import MillraceError  # noqa: E402
 from pipelines.home import Home  # noqa: E402
@@ -56,19 +57,18 @@ from pipelines.home import Home  # noqa: E402
 log = logging.getLogger("millrace.service")
 T = TypeVar("T")
 STORE_S, ALONE_S = 1.0, 2.0  # how long a store's server is waited for, and left alone after that
+EXPLAINING = 4  # requests of a worker that wait to be explained
 EXAMPLE_S = 60.0  # how long a row is shown as the example, until another is looked for
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Of some rows: what the model reads, probabilities, features without a value, categories that training did not know, and
-    why where that is asked."""
+    """Of some rows: what the model reads, probabilities, features without a value, and categories that training did not know."""
 
     batch: Batch
     scores: list[float]
     missing: list[list[str]]
     unseen: list[list[str]]
-    shares: Explained | None
 
 
 class Endpoint:
@@ -89,6 +89,7 @@ class Endpoint:
         self.private = Private.of(self.spec, services / "log.key")
         self.log = PredictionLog(log_root, self.preprocess.numbers, self.words, self.spec.serve.log_flush, self.private)
         self.explainer = Explainer(self.model, self.preprocess)
+        self.beside, self.unexplained = ThreadPoolExecutor(1, "explain"), 0
         workers = int(os.environ.get("MILLRACE_WORKERS", "1"))
         self.meter = Meter(shared_file(services), workers, [f.name for f in self.features], [*self.spec.features.views])
         self.door = Door(self.spec.serve.latency_budget / 1e6, self.meter)
@@ -110,20 +111,29 @@ class Endpoint:
     async def predict(self, body: bytes, visit: Visit) -> dict[str, Any]:
         """Answers for rows named by their keys."""
         took, began, at = self.meter.took, time.monotonic_ns(), time.perf_counter()
-        request = asked(body, self.key_fields, visit.query)
+        request = self._asked(body, self.key_fields, visit)
         took("parse", parsing := time.perf_counter() - at)
         served, down, looking = await self.together.served(request.rows)
         took("features", looking)
         at = time.perf_counter()
-        found = self._predicted(request, served, down, visit, began)
+        found, batch = self._predicted(request, served, down, visit, began)
         visit.seconds = parsing + looking + time.perf_counter() - at
+        if request.explain:
+            await self._explain(found["rows"], batch, request.explain, served.frame)
         return found
 
-    def _predicted(self, request: Asked, served: Served, down: str, visit: Visit, began: int) -> dict[str, Any]:
+    def _asked(self, body: bytes, fields: dict[str, Field], visit: Visit) -> Asked:
+        request = asked(body, fields, visit.query)
+        if request.explain and self.unexplained >= EXPLAINING:
+            said = f"{self.unexplained} requests wait to be explained; come again in a second, or ask without `explain`"
+            raise BadRequest(429, said)
+        return request
+
+    def _predicted(self, request: Asked, served: Served, down: str, visit: Visit, began: int) -> tuple[dict[str, Any], Batch]:
         rows, now, at = request.rows, served.now, time.perf_counter()
         self._refuse_closed(rows, served)
         self._refuse_conflicts(rows, served)
-        scored = self._scored(served.frame, request.explain, at)
+        scored = self._scored(served.frame, at)
         stale_after, outside = self.spec.serve.stale_after, outside_horizon(self.spec, served.looked.own, now)
         answers: list[dict[str, Any]] = []
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -143,17 +153,15 @@ class Endpoint:
             entries.append((answer, extra))
         self._log("predict", visit.id, now, began, scored.batch, served.frame, entries)
         self._count(answers)
-        self._explain(answers, scored.shares, request.explain, served.frame)
-        return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}
+        return {**self._head(visit.id, now), **({"store_down": down} if down else {}), "rows": answers}, scored.batch
 
-    def _scored(self, frame: Columns, explain: int, at: float) -> _Scored:
+    def _scored(self, frame: Columns, at: float) -> _Scored:
         """`at`: when it begins, for the metrics."""
         batch = self.preprocess.transform(frame)
         self.meter.took("preprocess", -at + (at := time.perf_counter()))
         scores = self.model.predict(batch).tolist()
         self.meter.took("model", time.perf_counter() - at)
-        shares = self.explainer.explain(batch) if explain else None
-        return _Scored(batch, scores, *self.preprocess.unknown(frame, batch), shares)
+        return _Scored(batch, scores, *self.preprocess.unknown(frame, batch))
 
     def _count(self, answers: list[dict[str, Any]]) -> None:
         meter = self.meter
@@ -164,10 +172,17 @@ class Endpoint:
         meter.row[OUTSIDE] += sum(answer.get("outside_horizon", False) for answer in answers)
         meter.row[DROPPED] = self.log.dropped
 
-    def _explain(self, answers: list[dict[str, Any]], shares: Explained | None, count: int, frame: Columns) -> None:
-        """Puts into each answer why it is so; the prediction log does without."""
-        if shares is None:
-            return
+    async def _explain(self, answers: list[dict[str, Any]], batch: Batch, count: int, frame: Columns) -> None:
+        """Puts into each answer why it is so; the prediction log does without. It takes up to 30 ms a row, in which others are
+        answered: a thread does it, one request at a time."""
+        self.unexplained += 1
+        try:
+            if self.explainer.beside:
+                shares = await asyncio.get_running_loop().run_in_executor(self.beside, self.explainer.explain, batch)
+            else:
+                shares = self.explainer.explain(batch)
+        finally:
+            self.unexplained -= 1
         self.meter.row[EXPLAINED] += len(answers)
         for i, answer in enumerate(answers):
             named, others = shares.top(i, count)
@@ -204,12 +219,16 @@ class Endpoint:
         """Answers for rows given as features; one that is left out is missing."""
         await asyncio.sleep(0)
         began, at = time.monotonic_ns(), time.perf_counter()
-        found = self._predicted_features(body, visit, began, at)
+        request = self._asked(body, self.feature_fields, visit)
+        found, batch, frame = self._predicted_features(request, visit, began, at)
         visit.seconds = time.perf_counter() - at
+        if request.explain:
+            await self._explain(found["rows"], batch, request.explain, frame)
         return found
 
-    def _predicted_features(self, body: bytes, visit: Visit, began: int, at: float) -> dict[str, Any]:
-        request = asked(body, self.feature_fields, visit.query)
+    def _predicted_features(
+        self, request: Asked, visit: Visit, began: int, at: float
+    ) -> tuple[dict[str, Any], Batch, Columns]:  # fmt: skip
         self.meter.took("parse", -at + (at := time.perf_counter()))
         frame: Columns = {}
         for feature in self.features:
@@ -218,14 +237,13 @@ class Endpoint:
                 frame[feature.name] = np.array([np.nan if v is None else v for v in values], np.float64)
             else:
                 frame[feature.name] = np.array(values, object)
-        scored = self._scored(frame, request.explain, at)
+        scored = self._scored(frame, at)
         now = self.now_us()
         answers = [self._answer(scored, i) for i in range(len(request.rows))]
         entries: list[tuple[dict[str, Any], dict[str, Any]]] = [({**a, "key": {}}, {}) for a in answers]
         self._log("predict_features", visit.id, now, began, scored.batch, frame, entries)
         self._count(answers)
-        self._explain(answers, scored.shares, request.explain, frame)
-        return {**self._head(visit.id, now), "rows": answers}
+        return {**self._head(visit.id, now), "rows": answers}, scored.batch, frame
 
     async def features_at(self, body: bytes, visit: Visit) -> dict[str, Any]:
         """The features that `/predict` would use, without an answer (preflight only)."""

@@ -35,13 +35,15 @@ class Explained:
 
 
 class Explainer:
-    """Explains the answers of a model."""
+    """Explains the answers of a model. `beside`: also while another thread asks the model itself, as ONNX Runtime and LightGBM
+    may be; of what compiled networks allow nothing is known."""
 
     def __init__(self, model: Model, preprocess: Preprocess) -> None:
         self.model, self.preprocess = model, preprocess
         texts = (" + ".join(preprocess.texts),) if preprocess.texts else ()
         self.names = (*preprocess.numbers, *preprocess.categories, *texts)
-        self.exact = all(isinstance(scorer, TreeScorer | Words) for _, _, scorer in model.parts())
+        networks = [name for name, kind in model.kinds.items() if kind == "network"]
+        self.exact, self.beside = not networks, not any(name in model.served for name in networks)
 
     def explain(self, batch: Batch) -> Explained:
         """The shares of the rows of a batch, each of them as if it were alone."""

@@ -147,6 +147,11 @@ class Model:
         """What must ship for `predict`: file names inside the folder."""
         return ("model.json", *(self.members[name].file for name in self.candidates[self.chosen]))
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each member of the chosen candidate."""
+        return {name: self.members[name].kind for name in self.candidates[self.chosen]}
+
     def parts(self) -> Iterator[tuple[float, float, Scorer]]:
         """The chosen candidate: its log-odds are the sum over these of slope · logit + offset. Trees are as they were trained:
         what compiled ones answer is not explained by themselves."""

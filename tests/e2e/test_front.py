@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from deploy.process import Service, call, free_port, start, stop
 from features.cells import StoreDown
 from features.frame import feature_list
 from pipelines.errors import MillraceError, UsageError
+from pipelines.home import Home
+from pipelines.manifest import read_json
 from pipelines.spec import Spec
 from tests.command import millrace
 from tests.e2e.buses import Buses
@@ -109,6 +112,35 @@ def test_a_wrong_wish_to_explain(buses_service: Service, explain: Any) -> None:
 def test_few_rows_are_explained_at_once(buses_service: Service) -> None:
     answer = post(f"{buses_service.url}/predict", {"rows": [SOON] * 21, "explain": True})
     assert answer.status == 422 and answer.error.startswith("21 rows to be explained; send at most 20")
+
+
+def test_others_are_answered_while_a_network_is_explained(tumours_home: Home, tumours_url: str) -> None:
+    row = read_json(next((tumours_home.root / "artifacts" / "preflight").glob("*/preflight.json")))["example"]
+    whole, over = {"rows": [row] * 20, "explain": True}, threading.Event()
+    plain = call(f"{tumours_url}/predict", {"rows": [row] * 20})[1]["rows"]
+    explained: list[tuple[int, Any]] = []
+
+    def explain() -> None:
+        for _ in range(4):
+            explained.append(call(f"{tumours_url}/predict", whole))
+        over.set()
+
+    asking, others = threading.Thread(target=explain), 0
+    asking.start()
+    while not over.is_set():
+        status, answer = call(f"{tumours_url}/predict", {"rows": [row]})
+        assert status == 200 and answer["rows"][0] == plain[0]
+        others += 1
+    asking.join()
+    assert others > 8  # none of them would be answered before the end of the explanation under way
+    for status, answer in explained:
+        whys = [one.pop("explanation") for one in answer["rows"]]
+        assert status == 200 and answer["rows"] == plain and all(why == whys[0] and not why["exact"] for why in whys)
+
+    with ThreadPoolExecutor(12) as pool:
+        found = [*pool.map(lambda _: call(f"{tumours_url}/predict", whole), range(12))]
+    refused = [answer["error"] for status, answer in found if status == 429]
+    assert {status for status, _ in found} == {200, 429} and any("requests wait to be explained" in said for said in refused)
 
 
 def test_a_field_that_stands_twice_is_refused(buses_service: Service) -> None:
