@@ -46,6 +46,7 @@ from features.store import build_features
 from features.tokens import Tokens
 from features.trainset import TOKENS
 from features.versions import drop, drop_half_made, files_of, forget, objects_of, remote_of, track, version_of
+from pipelines.arrow import owned
 from pipelines.errors import Refused, UsageError
 from pipelines.home import Home
 from pipelines.manifest import file_digest, read_json, write_atomic, write_json
@@ -124,7 +125,7 @@ def _pending(home: Home, spec: Spec, entity: Entity) -> tuple[pa.Array, set[str]
             data = (home.objects / f"{sha}.parquet").read_bytes()
             md5s.add(hashlib.md5(data, usedforsecurity=False).hexdigest())
             if sha in asked:
-                table = pq.ParquetFile(pa.BufferReader(data)).read()
+                table = pq.ParquetFile(owned(data)).read()
                 keys |= {*row_keys(spec, table.filter(pa.array(entity.names(table)))).drop_null().to_pylist()}
     write_json(path, {"rows": sorted(keys), "md5s": sorted(md5s)})
     return pa.array(sorted(keys), pa.string()), md5s

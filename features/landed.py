@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from features.keys import SEPARATOR, filled, one_chunk
 from features.tfrecord import columns_at_once, example, records
+from pipelines.arrow import owned
 from pipelines.clock import parse_time
 from pipelines.errors import Refused, nearest
 from pipelines.spec import Source
@@ -109,7 +110,7 @@ def _parquet(where: str, data: bytes, source: Source) -> Found:
             f"{', '.join(_READERS)}"
         )
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(owned(data))
         return Found({n: table[n] for n in source.columns if n in table.column_names}, table.num_rows, table.column_names)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Refused(f"{where} cannot be read, it may be cut short: {str(error)[:200]}") from None
@@ -183,7 +184,7 @@ def _csv(where: str, data: bytes, source: Source) -> Found:
             raise Refused(f"{where} has two columns named {min(twice)!r}")
         wanted = [n for n in head if n in source.columns]
         table = pa_csv.read_csv(
-            pa.BufferReader(data),
+            owned(data),
             pa_csv.ReadOptions(use_threads=False, block_size=_block(data)),
             pa_csv.ParseOptions(newlines_in_values=True),
             pa_csv.ConvertOptions(
@@ -216,7 +217,7 @@ def _jsonl(where: str, data: bytes, source: Source) -> Found:
     read = {n: pa.string() if c.type == "timestamp" else ARROW[c.type] for n, c in source.columns.items()}
     try:
         table = pa_json.read_json(
-            pa.BufferReader(data), pa_json.ReadOptions(use_threads=False, block_size=_block(data)),
+            owned(data), pa_json.ReadOptions(use_threads=False, block_size=_block(data)),
             pa_json.ParseOptions(explicit_schema=pa.schema(read), unexpected_field_behavior="ignore"),
         ) if data.strip() else pa.schema(read).empty_table()  # fmt: skip
         table.validate(full=True)  # the reader takes any bytes for text

