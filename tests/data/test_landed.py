@@ -397,7 +397,7 @@ def test_a_type_that_would_lose_values_is_refused_with_them(case: str, home: Hom
 
 
 def test_what_arrow_reads_is_its_own() -> None:
-    """A thread of Arrow that lets go of Python's own bytes as Python ends aborts the process: 7 in 100 checks on a busy machine."""
+    """A thread of Arrow that lets go of Python's bytes as Python ends aborts the process: 7 in 100 checks of a busy machine."""
     data = b"x" * 1_000_000
     before = sys.getrefcount(data)
     held = owned(data)
