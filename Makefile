@@ -8,7 +8,7 @@ SLOW := slow-bench slow-runs slow-flows slow-model slow-data
 RUNS := $(addprefix tests/e2e/test_, kills.py demo.py full_data.py backfill.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop ui test test-slow test-all $(SLOW) lint lock schema bench clean
+.PHONY: help setup demo stop ui test test-slow test-most test-all $(SLOW) lint lock schema bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,7 +46,8 @@ slow-data: OF := tests/data
 $(SLOW): setup
 	@$(BIN)/python -m pytest -m slow --durations=12 $(OF)
 
-test-all: slow-bench slow-runs slow-flows test slow-model slow-data  ## every test (with -j 2 two parts at once: the long ones first)
+test-most: slow-bench slow-runs slow-flows test slow-model  ## every test but slow-data (with -j 2 two parts at once: the long ones first)
+test-all: test-most slow-data  ## every test
 
 lint: setup  ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
